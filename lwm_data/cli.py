@@ -1,0 +1,161 @@
+"""lwm-data: datasets of packed rows from the command line. Heavy imports wait inside the verbs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lwm_data.terminal import run_app
+
+app = typer.Typer(
+    name="lwm-data",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Books and chats to packed training rows.\n\nFor instance: `lwm-data build manifests/demo/short.yaml`, then "
+    "`lwm-data show runs/demo/short 0`.",
+)
+tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
+app.add_typer(tokenizer_app, name="tokenizer")
+
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. row_length=4096.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+DatasetFolder = Annotated[str, typer.Argument(metavar="DATASET", help="Folder of a built dataset.")]
+
+
+@app.command()
+def build(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="A `kind: dataset` YAML file.")],
+    overrides: Sets = None,
+    workers: Annotated[int, typer.Option(help="Processes to work in.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Build a dataset, or go on with a build that was stopped.
+
+    Example: `lwm-data build manifests/demo/short.yaml --set row_length=1024 --workers 2`
+
+    Stop it with Ctrl-C whenever you like: the next run goes on where it was, and the bytes come out the same.
+    A dataset that is already built is left alone. `lwm-data schema dataset` describes the manifest.
+    """
+    from lwm_data.build import build as run_build
+    from lwm_data.summary import dataset_table, fill
+
+    result = run_build(manifest, overrides or (), workers)
+    if as_json:
+        described = {"out": str(result.out), "built": result.built, "fill": fill(result.info)}
+        described |= {"fingerprint": result.info.fingerprint}
+        described |= result.info.model_dump(exclude={"manifest", "shards"})
+        print(json.dumps(described))
+        return
+    _print(dataset_table(result.info))
+    print(f"{'built' if result.built else 'nothing to do; built before'}: {result.out}")
+
+
+@app.command()
+def check(dataset: DatasetFolder, as_json: Json = False) -> None:
+    """Check every invariant of a dataset: sizes, hashes, runs, segments, weights, counts.
+
+    Example: `lwm-data check runs/demo/short`
+
+    Exit code 2 if anything is wrong; each problem names shard, row and token.
+    """
+    from lwm_data.check import check_dataset
+    from lwm_data.format.dataset import open_dataset
+    from lwm_data.terminal import Progress
+
+    opened = open_dataset(dataset)
+    with Progress("check", len(opened), "rows") as progress:
+        problems = check_dataset(opened, progress.advance)
+    if as_json:
+        print(json.dumps({"rows": len(opened), "problems": problems}))
+    else:
+        for problem in problems:
+            print(f"lwm-data: error: {problem}", file=sys.stderr)
+        if not problems:
+            print(f"{dataset}: {len(opened):,} rows, no problem found")
+    if problems:
+        raise typer.Exit(2)
+
+
+@app.command()
+def show(
+    dataset: DatasetFolder,
+    row: Annotated[int | None, typer.Argument(metavar="[ROW]", help="Which row; without it, the dataset.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show a dataset, or one of its rows with its segments; trained text is green, prompts are dim.
+
+    Example: `lwm-data show runs/demo/short 0`
+    """
+    from lwm_data.format.dataset import open_dataset
+    from lwm_data.show import row_text, row_view
+    from lwm_data.summary import dataset_table
+
+    opened = open_dataset(dataset)
+    if row is None:
+        if as_json:
+            print(opened.info.model_dump_json())
+        else:
+            _print(dataset_table(opened.info))
+        return
+    if not 0 <= row < len(opened):
+        raise ValueError(f"ROW: got {row}; {dataset} has rows 0 to {len(opened) - 1}")
+    view = row_view(opened, row)
+    if as_json:
+        print(json.dumps(view, ensure_ascii=False))
+    else:
+        _print(row_text(view))
+
+
+@app.command()
+def schema(kind: Annotated[str, typer.Argument(metavar="KIND", help="dataset or text_tokenizer")] = "dataset") -> None:
+    """Print the JSON Schema of a manifest, for editors.
+
+    Example: `lwm-data schema dataset > dataset.schema.json`
+    """
+    from lwm_data.format.vocab import TextTokenizerSpec
+    from lwm_data.manifest import DatasetManifest
+
+    kinds = {"dataset": DatasetManifest, "text_tokenizer": TextTokenizerSpec}
+    if kind not in kinds:
+        raise ValueError(f"KIND: got {kind}; wanted {' or '.join(kinds)}")
+    print(json.dumps(kinds[kind].model_json_schema(), indent=2))
+
+
+@tokenizer_app.command("train-text")
+def train_text(
+    files: Annotated[list[str], typer.Argument(metavar="FILES", help="Globs of text files and chats (.jsonl).")],
+    vocab_size: Annotated[int, typer.Option(help="Pieces, 259 or more.")] = 2048,
+    out: Annotated[Path, typer.Option(help="The spec to write; the model goes beside it.")] = Path("tokenizer.yaml"),
+) -> None:
+    """Train a SentencePiece BPE tokenizer that gives back every text exactly.
+
+    Example: `lwm-data tokenizer train-text 'novels/*.txt' --vocab-size 2048 --out tokenizers/mine.yaml`
+    """
+    from lwm_data.text_training import train_text_tokenizer
+
+    tokenizer = train_text_tokenizer(files, vocab_size, out)
+    print(f"{out}: {tokenizer.vocab_size:,} pieces")
+
+
+def _print(renderable: object) -> None:
+    from rich.console import Console
+
+    # A pipe has no width; wide enough then that no number is cut.
+    console = Console(soft_wrap=False)
+    Console(width=console.width if console.is_terminal else max(console.width, 120)).print(renderable)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run_app(app))
+
+
+if __name__ == "__main__":
+    main()

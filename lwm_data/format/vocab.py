@@ -1,0 +1,123 @@
+"""Token ids: text by SentencePiece, vision by VQGAN codes; a token is (id, is_vision).
+
+    <vision>  c0 ... c255 EOF  c0 ... c255 EOF  ...  c0 ... c255 EOV  </vision>
+    text      vision                                                  text
+
+The two id spaces are apart, as in the LWM release (arXiv 2402.08268 and its `lwm/data.py`): the model
+has one embedding table and one head for each. The delimiters are plain text, so that a LLaMA vocabulary
+needs no new row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Int32
+from pydantic import Field
+
+from lwm_data.format.manifest import ManifestModel, ManifestPath, read_manifest
+
+CODES_PER_FRAME = 256  # 16 x 16 patches of a 256 x 256 frame
+EOF = 8192  # ends a frame that another follows
+EOV = 8193  # ends the last frame
+VISION_VOCAB_SIZE = 8448  # rows of the release's vision table: 8192 codes, EOF, EOV, the rest unused
+
+VISION_START = "<vision>"
+VISION_END = "</vision>"
+
+
+class TextTokenizerSpec(ManifestModel):
+    """`tokenizers/*.yaml`: which SentencePiece model, and what it must be."""
+
+    kind: Literal["text_tokenizer"]
+    name: str
+    model: ManifestPath = Field(description="the SentencePiece .model file")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the model file")
+    bos: int = Field(ge=0, description="id that starts every example")
+    eos: int = Field(ge=0, description="id that ends every example")
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A SentencePiece model with its special ids. `model_bytes` is kept so that a dataset can carry it along."""
+
+    name: str
+    model_bytes: bytes
+    bos: int
+    eos: int
+
+    @cached_property
+    def _processor(self) -> sentencepiece.SentencePieceProcessor:
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return int(self._processor.vocab_size())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for two tokenizers exactly when they give the same ids: sha256 of model and special ids."""
+        return hashlib.sha256(self.model_bytes + f"|{self.bos}|{self.eos}".encode()).hexdigest()
+
+    @cached_property
+    def vision_start(self) -> Int32[np.ndarray, " n"]:
+        return self.encode(VISION_START)
+
+    @cached_property
+    def vision_end(self) -> Int32[np.ndarray, " n"]:
+        return self.encode(VISION_END)
+
+    def encode(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Ids of `text`, without BOS or EOS."""
+        return np.asarray(self._processor.encode(text), dtype=np.int32)
+
+    def decode(self, ids: Int32[np.ndarray, " n"]) -> str:
+        """Text of `ids`; ids outside the vocabulary raise ValueError."""
+        if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < self.vocab_size):
+            raise ValueError(
+                f"ids from {ids.min()} to {ids.max()}; tokenizer {self.name} has 0 to {self.vocab_size - 1}"
+            )
+        return str(self._processor.decode([int(i) for i in ids]))
+
+    def pieces(self, ids: Int32[np.ndarray, " n"]) -> list[str]:
+        """The piece of each id, as a person reads it (a blank where SentencePiece has its underline)."""
+        return [self._processor.id_to_piece(int(i)).replace("\u2581", " ") for i in ids]
+
+    def save(self, folder: Path) -> None:
+        """Write `text_tokenizer.model` and its spec `text_tokenizer.yaml` to `folder`."""
+        (folder / "text_tokenizer.model").write_bytes(self.model_bytes)
+        (folder / "text_tokenizer.yaml").write_text(
+            f"kind: text_tokenizer\nname: {self.name}\nmodel: text_tokenizer.model\n"
+            f"sha256: {hashlib.sha256(self.model_bytes).hexdigest()}\nbos: {self.bos}\neos: {self.eos}\n"
+        )
+
+
+def load_text_tokenizer(spec: str | Path) -> TextTokenizer:
+    """The tokenizer that the YAML file `spec` names. ValueError where the model file is not the one promised."""
+    wanted = read_manifest(spec, {"text_tokenizer": TextTokenizerSpec})
+    assert isinstance(wanted, TextTokenizerSpec)
+    model = Path(wanted.model)
+    if not model.is_file():
+        raise ValueError(f"{spec}: model: no such file: {model}")
+    model_bytes = model.read_bytes()
+    got = hashlib.sha256(model_bytes).hexdigest()
+    if got != wanted.sha256:
+        raise ValueError(
+            f"{spec}: sha256: {model.name} has {got}, the spec wants {wanted.sha256}; restore the model file, or "
+            "correct the spec and rebuild every dataset made with it"
+        )
+    tokenizer = TextTokenizer(wanted.name, model_bytes, wanted.bos, wanted.eos)
+    try:
+        vocab_size = tokenizer.vocab_size
+    except Exception as error:  # sentencepiece raises RuntimeError or OSError, by version
+        raise ValueError(f"{spec}: model: {model.name} is not a SentencePiece model: {error}") from error
+    for key, value in (("bos", wanted.bos), ("eos", wanted.eos)):
+        if value >= vocab_size:
+            raise ValueError(f"{spec}: {key}: got {value}; {model.name} has ids 0 to {vocab_size - 1}")
+    return tokenizer

@@ -1,0 +1,130 @@
+"""Needles: made-up retrieval examples. Facts are planted in a text, and some of them asked for.
+
+<s> You are a ... USER: ... the old sea-dog.
+The special magic Lima number is: 4083112
+... What is the special magic Lima number? ... ASSISTANT:  The special magic Lima number is: 4083112. </s>
+|------------------------ not trained -------------------| |----------------- trained -----------------|
+
+Each example is a function of (seed, source name, index) and of the haystack's files, so that any block of them can
+be made anywhere.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+
+import numpy as np
+from jaxtyping import Int32
+
+from lwm_data.format.example import text_runs
+from lwm_data.format.prompt import CITIES, NEEDLE_DIGITS, needle, needle_answer, needle_prompt
+from lwm_data.format.vocab import TextTokenizer
+from lwm_data.manifest import Needles
+from lwm_data.sources.files import InputFile, read_text
+from lwm_data.sources.record import Record, Rejection
+
+VERSION = 1  # raise it when the same inputs give other tokens
+BLOCK = 256  # examples that are one unit of work
+CHARS_PER_TOKEN = 6  # more than any text needs; a longer stretch is read where it is not enough
+BORDER = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")  # ends of sentences and lines
+
+
+def read_needles(
+    source: Needles, seed: int, haystack: tuple[InputFile, ...], start: int, stop: int, tokenizer: TextTokenizer
+) -> Iterator[Record | Rejection]:
+    """The examples `start` to `stop` of `source`. ValueError where `tokens` leave no room for the question."""
+    for index in range(start, stop):
+        rng = Random(f"{seed}/{source.name}/{index}")
+        target = rng.randint(source.tokens.min, source.tokens.max)
+        plan = _draw(source, rng)
+        answer = tokenizer.encode(needle_answer(list(plan.asked)))
+
+        def ids_around(text: str, plan: _Plan = plan) -> Int32[np.ndarray, " n"]:
+            return tokenizer.encode(needle_prompt(plan.plant(text), [city for city, _ in plan.asked]))
+
+        room = target - 2 - len(answer)  # for the prompt, besides BOS and EOS
+        spare = room - len(ids_around(""))
+        if spare < 0:
+            raise ValueError(
+                f"sources: {source.name}: tokens: got {target}; {len(plan.facts)} facts with {len(plan.asked)} asked for take "
+                f"{target - spare} tokens without any text; raise tokens.min"
+            )
+        text = _stretch(haystack, rng, spare * CHARS_PER_TOKEN)
+        context = _first_tokens(text, spare, tokenizer)
+        ids = ids_around(context)
+        while len(ids) > room:  # planting splits pieces, so a prompt can come out a little longer
+            context = _first_tokens(context, max(0, len(tokenizer.encode(context)) - (len(ids) - room)), tokenizer)
+            ids = ids_around(context)
+        yield Record(f"{index:08d}", text_runs(tokenizer, [(ids, False), (answer, True)], eos=True))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """facts: (city, number) of all that are planted, at `depths`; asked: those of them that the question is about."""
+
+    facts: tuple[tuple[str, int], ...]
+    depths: tuple[float, ...]
+    asked: tuple[tuple[str, int], ...]
+
+    def plant(self, text: str) -> str:
+        """`text` with each fact at the border of a sentence or a line that is nearest to its depth."""
+        borders = [0, *(match.end() for match in BORDER.finditer(text)), len(text)]
+        nearest = [borders[_nearest(borders, depth * len(text))] for depth in self.depths]
+        for place, i in sorted(zip(nearest, range(len(nearest)), strict=True), reverse=True):
+            text = text[:place] + needle(*self.facts[i]) + text[place:]
+        return text
+
+
+def _draw(source: Needles, rng: Random) -> _Plan:
+    num_planted = rng.randint(source.needles.min, source.needles.max)
+    num_asked = min(rng.randint(source.asked.min, source.asked.max), num_planted)
+    cities = rng.sample(CITIES, num_planted)
+    facts = [(city, rng.randrange(10 ** (NEEDLE_DIGITS - 1), 10**NEEDLE_DIGITS)) for city in cities]
+    depths = [rng.random() for _ in facts]
+    return _Plan(tuple(facts), tuple(depths), tuple(rng.sample(facts, num_asked)))
+
+
+def _nearest(borders: list[int], place: float) -> int:
+    after = bisect.bisect_left(borders, place)
+    if after == len(borders) or (after and place - borders[after - 1] <= borders[after] - place):
+        return after - 1
+    return after
+
+
+def _first_tokens(text: str, num_tokens: int, tokenizer: TextTokenizer) -> str:
+    """The longest beginning of `text` that ends with a word and has at most about `num_tokens` tokens."""
+    ids = tokenizer.encode(text)
+    if len(ids) <= num_tokens:
+        return text if num_tokens else ""
+    shorter = tokenizer.decode(ids[:num_tokens])
+    while shorter and not text.startswith(shorter):  # a character of several bytes was cut
+        shorter = shorter[:-1]
+    word_end = max(shorter.rfind(" "), shorter.rfind("\n"))
+    return shorter[:word_end] if word_end > 0 else shorter
+
+
+def _stretch(haystack: tuple[InputFile, ...], rng: Random, num_chars: int) -> str:
+    """`num_chars` characters from a random sentence on, over into the next files where needed."""
+    (number,) = rng.choices(range(len(haystack)), weights=[file.num_bytes for file in haystack])
+    text = _text(haystack[number])
+    at = rng.randrange(len(text))
+    border = BORDER.search(text, at)
+    at = border.end() if border else at
+    parts = [text[at : at + num_chars]]
+    while (missing := num_chars - sum(map(len, parts))) > 0:
+        number = (number + 1) % len(haystack)
+        parts.append(_text(haystack[number])[:missing])
+    return "\n".join(parts)
+
+
+@lru_cache(maxsize=16)
+def _text(file: InputFile) -> str:
+    try:
+        return read_text(file.path)
+    except ValueError as error:
+        raise ValueError(f"haystack: {file.path}: {error.args[0]}: {error.args[1]}") from error

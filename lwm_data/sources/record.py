@@ -1,0 +1,28 @@
+"""What a source gives for each record: its runs, or why it was not taken.
+
+Sources give whole records, however long; fit.py cuts them to rows, from lengths alone, so that tokenizing need
+not be done again for another row length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lwm_data.format.example import Run
+
+
+@dataclass(frozen=True)
+class Record:
+    """The tokens of one record. key: unique within its source, the same on every machine."""
+
+    key: str
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A record that was not taken, or not whole. reason: one of few, to be counted; detail: for the person."""
+
+    key: str
+    reason: str
+    detail: str

@@ -1,0 +1,76 @@
+"""A dataset in one view: the table at the end of a build, and the dataset's README.md."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from lwm_data.format.dataset import DatasetInfo
+
+
+def fill(info: DatasetInfo) -> float:
+    """The share of the rows that is not padding."""
+    return info.num_tokens / (info.num_rows * info.row_length)
+
+
+def dataset_table(info: DatasetInfo) -> Table:
+    """A line per source: records, kept, rejected, examples, tokens, trained; below it rows and fill."""
+    table = Table(
+        title=f"{info.name}: {info.num_rows:,} rows of {info.row_length:,}, {fill(info):.2%} full ({info.packing})",
+        caption=_reasons(info),
+        show_footer=True,
+    )
+    lines = _lines(info)
+    for i, (heading, total) in enumerate(zip(HEADINGS, lines[-1], strict=True)):
+        table.add_column(heading, total, justify="left" if i == 0 else "right")
+    for line in lines[:-1]:
+        table.add_row(*line)
+    return table
+
+
+HEADINGS = ("source", "records", "kept", "rejected", "examples", "tokens", "vision", "trained")
+
+
+def dataset_card(info: DatasetInfo) -> str:
+    """README.md of the dataset's folder."""
+    rows = [HEADINGS, ("---", *["---:"] * (len(HEADINGS) - 1)), *_lines(info)]
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"""# {info.name}
+
+{info.num_rows:,} packed rows of {info.row_length:,} tokens in {len(info.shards):,} shards, {fill(info):.3%} full.
+Packing `{info.packing}`, loss weighting `{info.loss_weighting}`, format version {info.format_version}.
+
+{table}
+
+{_reasons(info)} `rejected.jsonl` names each record with its reason.
+
+Text tokenizer: {info.text_vocab_size:,} pieces, in this folder.
+Dataset fingerprint `{info.fingerprint}`.
+
+```python
+from lwm_data import open_dataset
+
+dataset = open_dataset(".")
+dataset[0]["tokens"], dataset[0]["loss_weights"]
+```
+
+The shards are WebDataset tars; `webdataset` and `datasets` open them as they are, a page of rows at a time.
+"""
+
+
+def _lines(info: DatasetInfo) -> list[tuple[str, ...]]:
+    """A line of text per source, and the sum."""
+    numbers = [
+        (of.records, of.records - of.rejected, of.rejected, of.examples, of.tokens, of.vision_tokens, of.trained_tokens)
+        for of in info.sources.values()
+    ]
+    names = [*info.sources, "all"]
+    total = tuple(map(sum, zip(*numbers, strict=True)))
+    return [(name, *(f"{n:,}" for n in line)) for name, line in zip(names, [*numbers, total], strict=True)]
+
+
+def _reasons(info: DatasetInfo) -> str:
+    if not info.rejected:
+        return "No record was rejected or cut."
+    return (
+        "Not taken, or not whole: " + ", ".join(f"{reason} {count:,}" for reason, count in info.rejected.items()) + "."
+    )

@@ -1,0 +1,152 @@
+"""A dataset's folder while a build works on it.
+
+    out/.work/lock               held by the one build that may write here
+    out/.work/fingerprint        of the build that the records belong to
+    out/.work/shard-000000.json  a record: this shard is finished; written after the shard is on disk
+    out/shard-000000.tar ...     finished shards
+    out/index.json               not there until everything else is
+
+A build of another fingerprint first removes the index, then shards and records, and only then writes its own
+fingerprint: at no moment can old and new be mixed up. `.work` goes when the index stands.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+
+from pydantic import BaseModel, ConfigDict
+
+from lwm_data.engine import remove_leftovers, sync_folder, whole_file
+from lwm_data.format.dataset import INDEX, DatasetInfo, ShardInfo, SourceCounts, open_dataset, write_index
+
+WORK = ".work"
+
+
+class ShardRecord(BaseModel):
+    """Of a finished shard: its line of the index, the parquet's size, and what its rows hold."""
+
+    model_config = ConfigDict(frozen=True)
+    shard: ShardInfo
+    examples_bytes: int
+    num_tokens: int
+    num_trained: int
+    sources: dict[str, SourceCounts]
+
+
+def examples_name(shard: str) -> str:
+    """shard-000000.tar -> shard-000000.examples.parquet"""
+    return shard.removesuffix(".tar") + ".examples.parquet"
+
+
+def refuse_foreign(out: Path) -> None:
+    """ValueError where `out` holds something that no build of ours put there."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out: got {out}: a file; wanted a folder, new, empty or of an earlier build")
+    if out.is_dir() and not (out / WORK).is_dir() and not (out / INDEX).is_file() and any(out.iterdir()):
+        raise ValueError(
+            f"out: got {out}: not empty and no dataset; wanted a folder, new, empty or of an earlier build"
+        )
+
+
+class WorkFolder:
+    """The folder `out`, locked for one build; a context manager. ValueError where another build holds it."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.work = out, out / WORK
+
+    def __enter__(self) -> WorkFolder:
+        refuse_foreign(self.out)
+        while True:
+            self.work.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # the build before us has just removed .work
+                continue
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(self._lock).st_ino == os.stat(self.work / "lock").st_ino:
+                    break
+            except BlockingIOError:
+                os.close(self._lock)
+                raise ValueError(
+                    f"out: got {self.out}: another build is writing there; wait for it or stop it"
+                ) from None
+            except FileNotFoundError:
+                pass
+            os.close(self._lock)
+        remove_leftovers(self.out)
+        remove_leftovers(self.work)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        if (self.out / INDEX).is_file():
+            shutil.rmtree(self.work)
+        os.close(self._lock)
+
+    def finished(self, fingerprint: str) -> DatasetInfo | None:
+        """The index, where the dataset is whole and of this fingerprint."""
+        try:
+            info = open_dataset(self.out).info
+        except ValueError:
+            return None
+        try:
+            whole = all(
+                (self.out / shard.name).stat().st_size == shard.num_bytes
+                and (self.out / examples_name(shard.name)).is_file()
+                for shard in info.shards
+            )
+            names = ("text_tokenizer.yaml", "text_tokenizer.model", "rejected.jsonl", "README.md")
+            whole = whole and all((self.out / name).is_file() for name in names)
+        except FileNotFoundError:
+            return None
+        return info if whole and info.build_fingerprint == fingerprint else None
+
+    def begin(self, fingerprint: str) -> None:
+        """Make the folder ready for the build `fingerprint`: keep what is its own, remove what is not."""
+        (self.out / INDEX).unlink(missing_ok=True)
+        marker = self.work / "fingerprint"
+        if not marker.is_file() or marker.read_text() != fingerprint:
+            marker.unlink(missing_ok=True)
+            self._keep_shards(0)
+            for record in self.work.glob("shard-*.json"):
+                record.unlink()
+            sync_folder(self.out)
+            with whole_file(marker) as file:
+                file.write(fingerprint.encode())
+
+    def record(self, shard: str) -> ShardRecord | None:
+        """The record of a shard that is finished and still there."""
+        try:
+            record = ShardRecord.model_validate_json(self._record_path(shard).read_bytes())
+            whole = (self.out / shard).stat().st_size == record.shard.num_bytes and (
+                self.out / examples_name(shard)
+            ).stat().st_size == record.examples_bytes
+        except FileNotFoundError:
+            return None
+        return record if whole else None
+
+    def write_record(self, record: ShardRecord) -> None:
+        """Note that a shard is finished; its files must be on disk."""
+        sync_folder(self.out)
+        with whole_file(self._record_path(record.shard.name)) as file:
+            file.write(record.model_dump_json().encode())
+
+    def finish(self, info: DatasetInfo) -> None:
+        """Remove what does not belong to the dataset and write the index: from here on it is one."""
+        self._keep_shards(len(info.shards))
+        sync_folder(self.out)
+        write_index(self.out, info)
+        sync_folder(self.out)
+
+    def _record_path(self, shard: str) -> Path:
+        return self.work / (shard.removesuffix(".tar") + ".json")
+
+    def _keep_shards(self, num_shards: int) -> None:
+        for pattern in ("shard-*.tar", "shard-*.examples.parquet"):
+            for path in self.out.glob(pattern):
+                if int(path.name.split(".")[0].removeprefix("shard-")) >= num_shards:
+                    path.unlink()

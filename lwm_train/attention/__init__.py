@@ -1,0 +1,6 @@
+"""Attention over packed rows, on one device or spread over the mesh axis `sp`: one entry, several schedules."""
+
+from lwm_train.attention.dispatch import attention
+from lwm_train.attention.order import token_order
+
+__all__ = ["attention", "token_order"]

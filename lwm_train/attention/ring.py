@@ -1,0 +1,172 @@
+"""Ring attention: queries stay, blocks of keys and values travel round the mesh axis, one device at a time.
+
+Four devices; column = hop, entry = whose keys are there. Device d holds block (d - hop) mod N at each hop:
+
+    hop         0   1   2   3
+    device 0    0   3   2   1        forward:  N - 1 sends of (k, v, ids); block h + 1 is sent while h is computed
+    device 1    1   0   3   2        backward: the same, and the gradients of the travelling block go with it,
+    device 2    2   1   0   3                  one send behind, and then straight home; a device's own block is
+    device 3    3   2   1   0                  computed last, while they travel
+
+Before the first hop all devices agree on the last hop that any of them needs (from the ranges of the tiles, a few
+numbers per tile): later hops are neither computed nor sent. A hop that this device does not need, but another
+does, is passed on and not computed.
+
+The custom VJP keeps q, k, v, out and lse of the local chunk and computes scores again, so memory is linear in the
+local chunk. Names follow `block.py`; `*_local` functions run inside `jax.shard_map`.
+"""
+
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from lwm_train.attention.block import DEAD_LSE, BlockKernel, TokenIds, accumulation_dtype, merge
+from lwm_train.attention.mask import TileRanges, live_tiles, tile_ranges
+from lwm_train.attention.xla import pad_ids, tile_size
+
+
+T = TypeVar("T")
+
+
+class _Block(NamedTuple):
+    """What travels: one device's keys, values and their ids."""
+
+    k_BKSD: jax.Array
+    v_BKSD: jax.Array
+    ids: TokenIds
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def ring_local(
+    kernel: BlockKernel,
+    axis: str,
+    all_axes: tuple[str, ...],
+    q_BKGQD: jax.Array,
+    k_BKSD: jax.Array,
+    v_BKSD: jax.Array,
+    ids: TokenIds,
+) -> jax.Array:
+    """Attention of the local queries to the keys of all devices on `axis`; out [B, K, G, Q, D] in q's dtype.
+
+    `all_axes` are all axes of the mesh: the number of hops must be the same on every device of the mesh.
+    """
+    return _forward(kernel, axis, all_axes, q_BKGQD, k_BKSD, v_BKSD, ids)[0]
+
+
+def _forward(
+    kernel: BlockKernel,
+    axis: str,
+    all_axes: tuple[str, ...],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    ids: TokenIds,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    needed = _needed_hops(axis, ids)
+    last_hop = _last_hop(needed, all_axes)
+    dtype = accumulation_dtype(q.dtype)
+    State = tuple[_Block, jax.Array, jax.Array]
+
+    def compute(hop: jax.Array, state: State) -> tuple[jax.Array, jax.Array]:
+        block, out, lse = state
+
+        def meet(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return merge(out, lse, *kernel.forward(q, block.k_BKSD, block.v_BKSD, ids, block.ids))
+
+        return lax.cond(needed[hop], meet, lambda out, lse: (out, lse), out, lse)
+
+    def one_hop(hop: jax.Array, state: State) -> State:
+        onward = _send(state[0], axis)
+        return onward, *compute(hop, state)
+
+    start = (_Block(k, v, ids), jnp.zeros(q.shape, dtype), jnp.full(q.shape[:-1], DEAD_LSE, dtype))
+    state = lax.fori_loop(jnp.int32(0), last_hop, one_hop, start)
+    out, lse = compute(last_hop, state)
+    out = out.astype(q.dtype)
+    return out, (q, k, v, *ids, out, lse, needed, last_hop)
+
+
+def _backward(
+    kernel: BlockKernel, axis: str, all_axes: tuple[str, ...], saved: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, segment, position, out, lse, needed, last_hop = saved
+    ids = TokenIds(segment, position)
+    dtype = accumulation_dtype(q.dtype)
+    delta = jnp.sum(out.astype(dtype) * d_out.astype(dtype), axis=-1)
+    Grads = tuple[jax.Array, jax.Array]
+
+    def compute(hop: jax.Array | int, block: _Block, dq: jax.Array) -> tuple[jax.Array, Grads]:
+        """dq with this block's share added, and the block's own gradients."""
+
+        def meet(dq: jax.Array) -> tuple[jax.Array, Grads]:
+            more, dk, dv = kernel.backward(q, block.k_BKSD, block.v_BKSD, ids, block.ids, d_out, lse, delta)
+            return dq + more, (dk, dv)
+
+        def pass_by(dq: jax.Array) -> tuple[jax.Array, Grads]:
+            return dq, (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype))
+
+        return lax.cond(needed[hop], meet, pass_by, dq)
+
+    def one_hop(hop: jax.Array, state: tuple[_Block, jax.Array, Grads]) -> tuple[_Block, jax.Array, Grads]:
+        block, dq, grads = state
+        onward, arrived = _send(block, axis), _send(grads, axis)
+        dq, more = compute(hop, block, dq)
+        return onward, dq, _add(arrived, more)
+
+    def visit_others(dq: jax.Array) -> tuple[jax.Array, Grads]:
+        """Hops 1 to last_hop; the gradients of the own block as they come home."""
+        block = _send(_Block(k, v, ids), axis)
+        grads = (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype))
+        block, dq, grads = lax.fori_loop(jnp.int32(1), last_hop, one_hop, (block, dq, grads))
+        arrived = _send(grads, axis) if lax.axis_size(axis) > 2 else grads
+        dq, more = compute(last_hop, block, dq)
+        return dq, _send_home(_add(arrived, more), last_hop, axis)
+
+    def stay(dq: jax.Array) -> tuple[jax.Array, Grads]:
+        return dq, (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype))
+
+    dq = jnp.zeros(q.shape, dtype)
+    dq, from_others = lax.cond(last_hop > 0, visit_others, stay, dq)
+    dq, own = compute(0, _Block(k, v, ids), dq)
+    dk, dv = _add(from_others, own)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+ring_local.defvjp(_forward, _backward)
+
+
+def _needed_hops(axis: str, ids: TokenIds) -> jax.Array:
+    """bool [N]: at which hops this device's queries meet a live tile of keys."""
+    num_devices = lax.axis_size(axis)
+    tile = tile_size(ids.segment_BL.shape[1])
+    ranges = tile_ranges(pad_ids(ids, tile), tile)
+    all_ranges = TileRanges(*(lax.all_gather(field, axis) for field in ranges))
+    needed_from = jax.vmap(lambda keys: live_tiles(ranges, keys).any())(all_ranges)
+    hops = jnp.arange(num_devices)
+    return needed_from[(lax.axis_index(axis) - hops) % num_devices]
+
+
+def _last_hop(needed: jax.Array, all_axes: tuple[str, ...]) -> jax.Array:
+    """The last hop that any device of the mesh needs, int32, the same on all of them."""
+    hops = jnp.arange(needed.shape[0], dtype=jnp.int32)
+    return lax.pmax(jnp.max(jnp.where(needed, hops, 0)), all_axes)
+
+
+def _send(tree: T, axis: str, distance: int = 1) -> T:
+    """Pass a pytree to the device `distance` further on, round the ring."""
+    num_devices = lax.axis_size(axis)
+    pairs = [(source, (source + distance) % num_devices) for source in range(num_devices)]
+    return jax.tree.map(lambda x: lax.ppermute(x, axis, pairs), tree)
+
+
+def _send_home(tree: T, hop: jax.Array, axis: str) -> T:
+    """Bring what is `hop` devices from home straight back."""
+    branches = [partial(_send, axis=axis, distance=-distance) for distance in range(1, lax.axis_size(axis))]
+    return lax.switch(hop - 1, branches, tree)
+
+
+def _add(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return a[0] + b[0], a[1] + b[1]

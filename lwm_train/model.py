@@ -1,0 +1,190 @@
+"""LLaMA with one embedding table and one head for each modality (the release's `lwm/vision_llama.py`).
+
+    tokens_BL, vision_mask_BL --> text or vision embedding
+      L times:  x += attention(norm(x));  x += swiglu(norm(x))          layers are scanned: leaves are [layers, ...]
+    norm --> hidden_BLD --> text head [D, V], vision head [D, 8448]     heads are applied in loss.py and generate.py
+
+Shape suffixes: B rows, L tokens of a row, D dim, H heads, K key/value heads, E head dim, F ffn dim, V vocabulary.
+Positions are given, never assumed, so packed rows and any order of the tokens need no special case here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lwm_train.attention import attention
+from lwm_train.config import ModelConfig
+from lwm_train.mesh import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Layer:
+    """Parameters of the decoder layers, stacked: the first axis is the layer."""
+
+    attention_norm: jax.Array  # [layer, D]
+    wq: jax.Array  # [layer, D, H * E]
+    wk: jax.Array  # [layer, D, K * E]
+    wv: jax.Array  # [layer, D, K * E]
+    wo: jax.Array  # [layer, H * E, D]
+    ffn_norm: jax.Array  # [layer, D]
+    w1: jax.Array  # [layer, D, F]: gate
+    w3: jax.Array  # [layer, D, F]: up
+    w2: jax.Array  # [layer, F, D]: down
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Params:
+    """All parameters of the model."""
+
+    text_embedding: jax.Array  # [V, D]
+    vision_embedding: jax.Array  # [8448, D]
+    layers: Layer
+    final_norm: jax.Array  # [D]
+    text_head: jax.Array  # [D, V]
+    vision_head: jax.Array  # [D, 8448]
+
+
+LOGICAL_AXES = Params(  # type: ignore[arg-type]
+    text_embedding=("vocab", "dim"),
+    vision_embedding=("vocab", "dim"),
+    layers=Layer(  # type: ignore[arg-type]
+        attention_norm=("layer", None),
+        wq=("layer", "dim", "heads"),
+        wk=("layer", "dim", "heads"),
+        wv=("layer", "dim", "heads"),
+        wo=("layer", "heads", "dim"),
+        ffn_norm=("layer", None),
+        w1=("layer", "dim", "ffn"),
+        w3=("layer", "dim", "ffn"),
+        w2=("layer", "ffn", "dim"),
+    ),
+    final_norm=(None,),
+    text_head=("dim", "vocab"),
+    vision_head=("dim", "vocab"),
+)
+"""The logical axes of every parameter, in the tree of the parameters (mesh.py maps them to devices)."""
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """The shape of every parameter."""
+    d, f, n = config.dim, config.ffn_dim, config.num_layers
+    h, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return Params(  # type: ignore[arg-type]
+        text_embedding=(config.text_vocab_size, d),
+        vision_embedding=(config.vision_vocab_size, d),
+        layers=Layer(  # type: ignore[arg-type]
+            attention_norm=(n, d),
+            wq=(n, d, h),
+            wk=(n, d, k),
+            wv=(n, d, k),
+            wo=(n, h, d),
+            ffn_norm=(n, d),
+            w1=(n, d, f),
+            w3=(n, d, f),
+            w2=(n, f, d),
+        ),
+        final_norm=(d,),
+        text_head=(d, config.text_vocab_size),
+        vision_head=(d, config.vision_vocab_size),
+    )
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Params:
+    """Fresh parameters: norms 1, all else normal of deviation 1 / sqrt(dim).
+
+    The release takes 0.02 at every size, which is about 1 / sqrt(dim) at 7B (0.016) and far too small at a demo's.
+    """
+    dtype = jnp.float64 if config.dtype == "float64" else jnp.float32
+    leaves, tree = jax.tree.flatten(param_shapes(config), is_leaf=lambda x: isinstance(x, tuple))
+    keys = jax.random.split(key, len(leaves))
+    names = [path[-1].name for path, _ in jax.tree.leaves_with_path(tree.unflatten(range(len(leaves))))]
+    return tree.unflatten(
+        jnp.ones(shape, dtype) if "norm" in name else config.dim**-0.5 * jax.random.normal(key, shape, dtype)
+        for name, shape, key in zip(names, leaves, keys, strict=True)
+    )
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    tokens_BL: jax.Array,
+    vision_mask_BL: jax.Array,
+    segment_ids_BL: jax.Array,
+    position_ids_BL: jax.Array,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+    """hidden_BLD, normalised, ready for a head."""
+    dtype = jnp.dtype(config.dtype)
+    x_BLD = embed(params, tokens_BL, vision_mask_BL).astype(dtype)
+    x_BLD = constrain(x_BLD, mesh, "batch", "length", None)
+    rotation = rope_rotation(position_ids_BL, config, dtype)
+
+    @jax.checkpoint
+    def block(x_BLD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
+        layer = jax.tree.map(lambda w: w.astype(dtype), layer)
+        q, k, v = project_qkv(layer, config, x_BLD, rotation)
+        out_BLHE = attention(q, k, v, segment_ids_BL, position_ids_BL, mesh=mesh)
+        x_BLD = finish_block(layer, config, x_BLD, out_BLHE)
+        return constrain(x_BLD, mesh, "batch", "length", None), None
+
+    x_BLD, _ = jax.lax.scan(block, x_BLD, params.layers)
+    return rms_norm(x_BLD, params.final_norm, config.norm_eps)
+
+
+def embed(params: Params, tokens_BL: jax.Array, vision_mask_BL: jax.Array) -> jax.Array:
+    """Each token's row of its modality's table."""
+    text = params.text_embedding[jnp.where(vision_mask_BL, 0, tokens_BL)]
+    vision = params.vision_embedding[jnp.where(vision_mask_BL, tokens_BL, 0)]
+    return jnp.where(vision_mask_BL[..., None], vision, text)
+
+
+def rope_rotation(position_ids_BL: jax.Array, config: ModelConfig, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every position's angles, [B, L, 1, E / 2]; angles in float32 at least (bf16 ruins them)."""
+    wide = jnp.promote_types(jnp.float32, dtype)
+    frequency = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=wide) / config.head_dim)
+    angle = position_ids_BL[..., None, None].astype(wide) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BLHE: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary position embedding; channel i is paired with channel i + E / 2 (the Hugging Face layout)."""
+    cos, sin = rotation
+    a, b = jnp.split(x_BLHE.astype(cos.dtype), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BLHE.dtype)
+
+
+def project_qkv(
+    layer: Layer, config: ModelConfig, x_BLD: jax.Array, rotation: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q_BLHE, k_BLKE (both rotated) and v_BLKE of one layer."""
+    h_BLD = rms_norm(x_BLD, layer.attention_norm, config.norm_eps)
+    q, k, v = (
+        (h_BLD @ w).reshape(*h_BLD.shape[:2], -1, config.head_dim) for w in (layer.wq, layer.wk, layer.wv)
+    )
+    return rotate(q, rotation), rotate(k, rotation), v
+
+
+def finish_block(layer: Layer, config: ModelConfig, x_BLD: jax.Array, out_BLHE: jax.Array) -> jax.Array:
+    """The residual stream after attention's output projection and the MLP of one layer."""
+    x_BLD = x_BLD + out_BLHE.reshape(*x_BLD.shape[:2], -1) @ layer.wo
+    h_BLD = rms_norm(x_BLD, layer.ffn_norm, config.norm_eps)
+    return x_BLD + (jax.nn.silu(h_BLD @ layer.w1) * (h_BLD @ layer.w3)) @ layer.w2
+
+
+def rms_norm(x_BLD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
+    """x over its root mean square, times `weight`; the mean in float32 at least."""
+    wide = x_BLD.astype(jnp.promote_types(jnp.float32, x_BLD.dtype))
+    scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (wide * scale).astype(x_BLD.dtype) * weight_D.astype(x_BLD.dtype)
+
+
+def num_params(params: Params) -> int:
+    """Parameters of the model."""
+    return sum(x.size for x in jax.tree.leaves(params))
