@@ -187,12 +187,12 @@ def _check_weights(
     elif is_masked:
         sums = np.add.reduceat(packed.runs[:, 0] * weights, firsts)
         for segment in np.flatnonzero((sums != 0) & (np.abs(sums - 1) > TOLERANCE)).tolist():
-            yield f"token {begins[firsts[segment]]}: the weights of segment {segment + 1} sum to {sums[segment]:g}; wanted 1"
+            yield f"token {begins[firsts[segment]]}: weights of segment {segment + 1} sum to {sums[segment]:g}, not 1"
         for segment in range(len(firsts)):
             stop = firsts[segment + 1] if segment + 1 < len(firsts) else len(weights)
             distinct = np.unique(weights[firsts[segment] : stop])
             if len(distinct[distinct > 0]) > 1:
-                yield f"token {begins[firsts[segment]]}: segment {segment + 1} has several weights {distinct.tolist()[:4]}"
+                yield f"token {begins[firsts[segment]]}: segment {segment + 1} has weights {distinct.tolist()[:4]}"
 
 
 def _check_vision(

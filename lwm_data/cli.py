@@ -119,10 +119,11 @@ def schema(kind: Annotated[str, typer.Argument(metavar="KIND", help="dataset or 
 
     Example: `lwm-data schema dataset > dataset.schema.json`
     """
+    from lwm_data.format.manifest import ManifestModel
     from lwm_data.format.vocab import TextTokenizerSpec
     from lwm_data.manifest import DatasetManifest
 
-    kinds = {"dataset": DatasetManifest, "text_tokenizer": TextTokenizerSpec}
+    kinds: dict[str, type[ManifestModel]] = {"dataset": DatasetManifest, "text_tokenizer": TextTokenizerSpec}
     if kind not in kinds:
         raise ValueError(f"KIND: got {kind}; wanted {' or '.join(kinds)}")
     print(json.dumps(kinds[kind].model_json_schema(), indent=2))

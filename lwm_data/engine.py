@@ -163,7 +163,7 @@ def _work(function: Callable[[Any, Any], Any], shared: Any, connection: Connecti
         except (EOFError, OSError):
             return
         try:
-            reply = (None, function(shared, unit))
+            reply: tuple[Exception | None, Any] = (None, function(shared, unit))
         except Exception as error:
             error.__traceback__ = None
             reply = (error, None)

@@ -8,6 +8,7 @@ lengths  9 5 2 7 4 ...     tokens
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -44,10 +45,11 @@ class ExamplePlan:
 
     def order(self, seed: int) -> Int64[np.ndarray, " n"]:
         """A permutation of the examples, a function of `seed`; ours, so that no library can change it."""
-        x = np.arange(len(self.lengths), dtype=np.uint64) + np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 0x9E3779B97F4A7C15)):
+        start = np.uint64(int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little"))
+        x = np.arange(1, len(self.lengths) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start  # splitmix64
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
             x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        return np.argsort(x ^ (x >> np.uint64(29)), kind="stable")
+        return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
 
 
 def plan_examples(

@@ -75,6 +75,14 @@ class ShardRows:
 
 def write_shard_rows(form: RowFormat, shard: ShardRows) -> ShardRecord:
     """Write the shard and its examples table, then their record. Their bytes are a function of the arguments."""
+    work = WorkFolder(form.out)
+    with work.writing():
+        record = _write(form, shard)
+        work.write_record(record)
+    return record
+
+
+def _write(form: RowFormat, shard: ShardRows) -> ShardRecord:
     stores = StoreCache()
     columns: dict[str, list[object]] = {name: [] for name in EXAMPLES_SCHEMA.names}
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -104,7 +112,7 @@ def write_shard_rows(form: RowFormat, shard: ShardRows) -> ShardRecord:
     with whole_file(examples_path) as file:
         pq.write_table(pa.table(columns, schema=EXAMPLES_SCHEMA), file, compression="zstd")
     examples = examples_path.read_bytes()
-    record = ShardRecord(
+    return ShardRecord(
         shard=ShardInfo(
             name=shard.name,
             num_rows=writer.num_rows,
@@ -118,8 +126,6 @@ def write_shard_rows(form: RowFormat, shard: ShardRows) -> ShardRecord:
         num_trained=num_trained,
         sources={name: SourceCounts(**of) for name, of in counts.items()},
     )
-    WorkFolder(form.out).write_record(record)
-    return record
 
 
 def _piece(form: RowFormat, stores: StoreCache, unit: int, record: int, part: int, start: int, stop: int) -> Piece:

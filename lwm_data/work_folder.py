@@ -1,6 +1,7 @@
 """A dataset's folder while a build works on it.
 
     out/.work/lock               held by the one build that may write here
+    out/.work/writers            held, shared, by whoever is writing a shard: workers outlive a killed build for a moment
     out/.work/fingerprint        of the build that the records belong to
     out/.work/shard-000000.json  a record: this shard is finished; written after the shard is on disk
     out/shard-000000.tar ...     finished shards
@@ -12,15 +13,17 @@ fingerprint: at no moment can old and new be mixed up. `.work` goes when the ind
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
 from pydantic import BaseModel, ConfigDict
 
-from lwm_data.engine import remove_leftovers, sync_folder, whole_file
+from lwm_data.engine import sync_folder, whole_file
 from lwm_data.format.dataset import INDEX, DatasetInfo, ShardInfo, SourceCounts, open_dataset, write_index
 
 WORK = ".work"
@@ -78,14 +81,22 @@ class WorkFolder:
             except FileNotFoundError:
                 pass
             os.close(self._lock)
-        remove_leftovers(self.out)
-        remove_leftovers(self.work)
+        with open(self.work / "writers", "ab") as writers:
+            fcntl.flock(writers, fcntl.LOCK_EX)  # workers of a killed build end by themselves; wait for that
+        self._remove_temporaries()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
         if (self.out / INDEX).is_file():
             shutil.rmtree(self.work)
         os.close(self._lock)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """While the block lasts, no other build begins here, even if this one is killed."""
+        with open(self.work / "writers", "ab") as writers:
+            fcntl.flock(writers, fcntl.LOCK_SH)
+            yield
 
     def finished(self, fingerprint: str) -> DatasetInfo | None:
         """The index, where the dataset is whole and of this fingerprint."""
@@ -141,6 +152,11 @@ class WorkFolder:
         sync_folder(self.out)
         write_index(self.out, info)
         sync_folder(self.out)
+
+    def _remove_temporaries(self) -> None:
+        for folder in (self.out, self.work):
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
 
     def _record_path(self, shard: str) -> Path:
         return self.work / (shard.removesuffix(".tar") + ".json")

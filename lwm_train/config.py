@@ -171,6 +171,20 @@ class EvalManifest(ManifestModel):
     samples: SampleSpec | None = None
 
 
+KINDS: Mapping[str, type[ManifestModel]] = {
+    "train": TrainManifest,
+    "curriculum": CurriculumManifest,
+    "eval": EvalManifest,
+}
+
+
+def read_eval_manifest(path: str | Path, overrides: Sequence[str] = ()) -> EvalManifest:
+    """The eval manifest at `path`."""
+    manifest = read_manifest(path, {"eval": EvalManifest}, overrides)
+    assert isinstance(manifest, EvalManifest)
+    return manifest
+
+
 def read_train_manifests(path: str | Path, overrides: Sequence[str] = ()) -> list[TrainManifest]:
     """The stages that `path` names: one of a train manifest, several of a curriculum.
 

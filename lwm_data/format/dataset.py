@@ -19,7 +19,7 @@ import json
 import os
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import fsspec
 import numpy as np
@@ -29,7 +29,7 @@ from lwm_data.format.packed import Arrays, LossWeighting, PackedSequence, Packin
 from lwm_data.format.shard import RangeReader, Shard
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 INDEX = "index.json"
 OPEN_SHARDS = 64  # file handles and offset tables kept at a time
 
@@ -162,7 +162,8 @@ class Dataset:
         read, num_bytes = _range_reader(path)
         if num_bytes != shard.num_bytes:
             raise ValueError(
-                f"{path}: {num_bytes:,} bytes, the index says {shard.num_bytes:,}: a truncated or changed shard; build again"
+                f"{path}: {num_bytes:,} bytes, the index says {shard.num_bytes:,}: a truncated or changed shard; "
+                "build again"
             )
         return Shard(read, self.info.row_length, self._dtype, self.info.rows_per_page, shard.num_rows, shard.offsets_at)
 
@@ -211,10 +212,14 @@ class _LocalRanges:
 
     def __init__(self, path: str) -> None:
         self._path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (lives as long as this object)
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
 
     def __call__(self, start: int, stop: int) -> bytes:
-        data = os.pread(self._file.fileno(), stop - start, start)
+        data = os.pread(self._descriptor, stop - start, start)
         if len(data) != stop - start:
             raise ValueError(
                 f"{PurePosixPath(self._path).name}: {len(data)} of {stop - start} bytes at {start}: truncated"

@@ -20,13 +20,14 @@ SYSTEM = "You are a helpful assistant."
 NEEDLE_DIGITS = 7  # numbers are uniform in 1000000..9999999
 
 # Cities of the needle task: well known, and each one once (the release's list of 100 has 69 distinct names).
-CITIES = tuple(
+_CITIES = (
     "Amsterdam Athens Auckland Baghdad Bangkok Barcelona Beijing Berlin Bogota Brussels Budapest Cairo Chicago "
     "Copenhagen Dallas Delhi Dhaka Dublin Geneva Hamburg Hanoi Havana Helsinki Istanbul Jakarta Johannesburg Karachi "
     "Kinshasa Kyoto Lagos Lima Lisbon London Madrid Manila Melbourne Miami Milan Montreal Moscow Mumbai Nairobi Naples "
     "Osaka Oslo Paris Prague Riga Rome Santiago Seoul Shanghai Singapore Stockholm Sydney Taipei Tehran Tokyo Toronto "
-    "Vienna Warsaw Zurich".split()
+    "Vienna Warsaw Zurich"
 )
+CITIES = tuple(_CITIES.split())
 
 
 def needle(city: str, number: int) -> str:

@@ -97,7 +97,7 @@ class ShardWriter:
     def _write_array(self, name: str, array: np.ndarray) -> int:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-        return self._write_member(name, memoryview(array).cast("B"), header.getvalue())
+        return self._write_member(name, array.data.cast("B"), header.getvalue())
 
     def _write_member(self, name: str, data: bytes | memoryview, header: bytes = b"") -> int:
         """Write a tar member of header + data; returns where the data begin."""

@@ -79,7 +79,7 @@ class TextTokenizer:
 
     def decode(self, ids: Int32[np.ndarray, " n"]) -> str:
         """Text of `ids`; ids outside the vocabulary raise ValueError."""
-        if len(ids) and not (0 <= int(ids.min()) and int(ids.max()) < self.vocab_size):
+        if len(ids) and (int(ids.min()) < 0 or int(ids.max()) >= self.vocab_size):
             raise ValueError(
                 f"ids from {ids.min()} to {ids.max()}; tokenizer {self.name} has 0 to {self.vocab_size - 1}"
             )

@@ -7,6 +7,7 @@ path: /data/books/*/*.txt.zst
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -14,6 +15,7 @@ import io
 import os
 import posixpath
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -69,15 +71,16 @@ def hash_file(_: None, file: InputFile) -> InputFile:
     return InputFile(file.path, file.key, num_bytes, digest.hexdigest())
 
 
-def open_unpacked(path: str) -> BinaryIO:
+@contextlib.contextmanager
+def open_unpacked(path: str) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked by its name's ending (.gz, .zst)."""
-    raw = _open(path)
-    if path.endswith(".gz"):
-        return gzip.GzipFile(fileobj=raw, mode="rb")  # type: ignore[return-value]
-    if path.endswith(".zst"):
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader, BLOCK)
-    return raw
+    with _open(path) as raw:
+        if path.endswith(".gz"):
+            yield io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), BLOCK)
+        elif path.endswith(".zst"):
+            yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), BLOCK)
+        else:
+            yield raw
 
 
 def read_text(path: str) -> str:
@@ -105,4 +108,4 @@ def read_text(path: str) -> str:
 
 
 def _open(path: str) -> BinaryIO:
-    return fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")  # type: ignore[no-any-return]
+    return fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")

@@ -21,9 +21,10 @@ from lwm_data.sources.record import Record
 def num_parts(num_tokens: Int64[np.ndarray, " n"], row_length: int, overflow: Overflow) -> Int64[np.ndarray, " n"]:
     """The number of examples that records of these lengths become (0: dropped); longer than a row: by `overflow`."""
     if overflow == "split":
-        return np.maximum(1, -(-(num_tokens - 1) // (row_length - 1)))
-    fits = num_tokens <= row_length
-    return np.where(fits, 1, 1 if overflow == "truncate" else 0)
+        parts = np.maximum(1, -(-(num_tokens - 1) // (row_length - 1)))
+    else:
+        parts = np.where(num_tokens <= row_length, 1, 1 if overflow == "truncate" else 0)
+    return np.asarray(parts, np.int64)
 
 
 def fit(record: Record, source: str, part: int, row_length: int, overflow: Overflow) -> Example:

@@ -51,8 +51,8 @@ def read_needles(
         spare = room - len(ids_around(""))
         if spare < 0:
             raise ValueError(
-                f"sources: {source.name}: tokens: got {target}; {len(plan.facts)} facts with {len(plan.asked)} asked for take "
-                f"{target - spare} tokens without any text; raise tokens.min"
+                f"sources: {source.name}: tokens: got {target}; {len(plan.facts)} facts, {len(plan.asked)} asked for, "
+                f"take {target - spare} tokens without any text; raise tokens.min"
             )
         text = _stretch(haystack, rng, spare * CHARS_PER_TOKEN)
         context = _first_tokens(text, spare, tokenizer)

@@ -32,11 +32,18 @@ T = TypeVar("T")
 
 
 class _Block(NamedTuple):
-    """What travels: one device's keys, values and their ids."""
+    """What travels: one device's keys and values, and the segments and positions of their tokens; two sends."""
 
-    k_BKSD: jax.Array
-    v_BKSD: jax.Array
-    ids: TokenIds
+    stacked_2BKSD: jax.Array
+    ids_2BS: jax.Array
+
+    @property
+    def keys_values(self) -> tuple[jax.Array, jax.Array]:
+        return self.stacked_2BKSD[0], self.stacked_2BKSD[1]
+
+    @property
+    def ids(self) -> TokenIds:
+        return TokenIds(self.ids_2BS[0], self.ids_2BS[1])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -74,7 +81,7 @@ def _forward(
         block, out, lse = state
 
         def meet(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return merge(out, lse, *kernel.forward(q, block.k_BKSD, block.v_BKSD, ids, block.ids))
+            return merge(out, lse, *kernel.forward(q, *block.keys_values, ids, block.ids))
 
         return lax.cond(needed[hop], meet, lambda out, lse: (out, lse), out, lse)
 
@@ -82,7 +89,7 @@ def _forward(
         onward = _send(state[0], axis)
         return onward, *compute(hop, state)
 
-    start = (_Block(k, v, ids), jnp.zeros(q.shape, dtype), jnp.full(q.shape[:-1], DEAD_LSE, dtype))
+    start = (_own_block(k, v, ids), jnp.zeros(q.shape, dtype), jnp.full(q.shape[:-1], DEAD_LSE, dtype))
     state = lax.fori_loop(jnp.int32(0), last_hop, one_hop, start)
     out, lse = compute(last_hop, state)
     out = out.astype(q.dtype)
@@ -96,46 +103,43 @@ def _backward(
     ids = TokenIds(segment, position)
     dtype = accumulation_dtype(q.dtype)
     delta = jnp.sum(out.astype(dtype) * d_out.astype(dtype), axis=-1)
-    Grads = tuple[jax.Array, jax.Array]
 
-    def compute(hop: jax.Array | int, block: _Block, dq: jax.Array) -> tuple[jax.Array, Grads]:
-        """dq with this block's share added, and the block's own gradients."""
+    def compute(hop: jax.Array | int, block: _Block, dq: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """dq with this meeting's share added, and the share of the block's gradients, [2, B, K, S, D]."""
 
-        def meet(dq: jax.Array) -> tuple[jax.Array, Grads]:
-            more, dk, dv = kernel.backward(q, block.k_BKSD, block.v_BKSD, ids, block.ids, d_out, lse, delta)
-            return dq + more, (dk, dv)
+        def meet(dq: jax.Array) -> tuple[jax.Array, jax.Array]:
+            more, dk, dv = kernel.backward(q, *block.keys_values, ids, block.ids, d_out, lse, delta)
+            return dq + more, jnp.stack([dk, dv])
 
-        def pass_by(dq: jax.Array) -> tuple[jax.Array, Grads]:
-            return dq, (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype))
+        return lax.cond(needed[hop], meet, lambda dq: (dq, nothing), dq)
 
-        return lax.cond(needed[hop], meet, pass_by, dq)
+    def one_hop(hop: jax.Array, state: tuple[_Block, jax.Array, jax.Array]) -> tuple[_Block, jax.Array, jax.Array]:
+        block, dq, d_block = state
+        onward, arrived = _send(block, axis), _send(d_block, axis)
+        dq, share = compute(hop, block, dq)  # needs neither, so both are under way meanwhile
+        return onward, dq, arrived + share
 
-    def one_hop(hop: jax.Array, state: tuple[_Block, jax.Array, Grads]) -> tuple[_Block, jax.Array, Grads]:
-        block, dq, grads = state
-        onward, arrived = _send(block, axis), _send(grads, axis)
-        dq, more = compute(hop, block, dq)
-        return onward, dq, _add(arrived, more)
+    def visit_others(dq: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Hops 1 to last_hop; dq, and the gradients of the own block as they come home."""
+        state = (_send(own, axis), dq, nothing)
+        block, dq, d_block = lax.fori_loop(jnp.int32(1), last_hop, one_hop, state)
+        arrived = _send(d_block, axis) if lax.axis_size(axis) > 2 else d_block
+        dq, share = compute(last_hop, block, dq)
+        return dq, _send_home(arrived + share, last_hop, axis)
 
-    def visit_others(dq: jax.Array) -> tuple[jax.Array, Grads]:
-        """Hops 1 to last_hop; the gradients of the own block as they come home."""
-        block = _send(_Block(k, v, ids), axis)
-        grads = (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype))
-        block, dq, grads = lax.fori_loop(jnp.int32(1), last_hop, one_hop, (block, dq, grads))
-        arrived = _send(grads, axis) if lax.axis_size(axis) > 2 else grads
-        dq, more = compute(last_hop, block, dq)
-        return dq, _send_home(_add(arrived, more), last_hop, axis)
-
-    def stay(dq: jax.Array) -> tuple[jax.Array, Grads]:
-        return dq, (jnp.zeros(k.shape, dtype), jnp.zeros(v.shape, dtype))
-
-    dq = jnp.zeros(q.shape, dtype)
-    dq, from_others = lax.cond(last_hop > 0, visit_others, stay, dq)
-    dq, own = compute(0, _Block(k, v, ids), dq)
-    dk, dv = _add(from_others, own)
+    own = _own_block(k, v, ids)
+    nothing = jnp.zeros((2, *k.shape), dtype)
+    dq, d_block = lax.cond(last_hop > 0, visit_others, lambda dq: (dq, nothing), jnp.zeros(q.shape, dtype))
+    dq, share = compute(0, own, dq)
+    dk, dv = d_block + share
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 ring_local.defvjp(_forward, _backward)
+
+
+def _own_block(k: jax.Array, v: jax.Array, ids: TokenIds) -> _Block:
+    return _Block(jnp.stack([k, v]), jnp.stack(ids))
 
 
 def _needed_hops(axis: str, ids: TokenIds) -> jax.Array:
@@ -143,8 +147,8 @@ def _needed_hops(axis: str, ids: TokenIds) -> jax.Array:
     num_devices = lax.axis_size(axis)
     tile = tile_size(ids.segment_BL.shape[1])
     ranges = tile_ranges(pad_ids(ids, tile), tile)
-    all_ranges = TileRanges(*(lax.all_gather(field, axis) for field in ranges))
-    needed_from = jax.vmap(lambda keys: live_tiles(ranges, keys).any())(all_ranges)
+    all_ranges = lax.all_gather(jnp.stack(ranges), axis)
+    needed_from = jax.vmap(lambda keys: live_tiles(ranges, TileRanges(*keys)).any())(all_ranges)
     hops = jnp.arange(num_devices)
     return needed_from[(lax.axis_index(axis) - hops) % num_devices]
 
@@ -166,7 +170,3 @@ def _send_home(tree: T, hop: jax.Array, axis: str) -> T:
     """Bring what is `hop` devices from home straight back."""
     branches = [partial(_send, axis=axis, distance=-distance) for distance in range(1, lax.axis_size(axis))]
     return lax.switch(hop - 1, branches, tree)
-
-
-def _add(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    return a[0] + b[0], a[1] + b[1]

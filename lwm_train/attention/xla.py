@@ -21,13 +21,14 @@ from jax import lax
 from lwm_train.attention.block import DEAD_LSE, TokenIds, accumulation_dtype
 from lwm_train.attention.mask import live_tiles, tile_ranges, visible
 
-MAX_TILE = 128
+_CPU_TILE = 64  # scores of all heads of a tile stay in the second-level cache
+_TILE = 128  # the size of a matrix unit, and of the chunks that `token_order` deals
 _MASKED = -1.0e30  # below DEAD_LSE, so that exp(_MASKED - DEAD_LSE) is 0
 
 
-def tile_size(length: int, max_tile: int = MAX_TILE) -> int:
-    """The tile that cuts `length` into as few tiles as `max_tile` allows, with the least padding."""
-    num_tiles = -(-length // max_tile)
+def tile_size(length: int) -> int:
+    """The tile that cuts a block of `length` tokens into as few tiles as the device likes, with the least padding."""
+    num_tiles = -(-length // (_CPU_TILE if jax.default_backend() == "cpu" else _TILE))
     return -(-length // num_tiles)
 
 
@@ -151,7 +152,9 @@ def _scores(q_KRD: jax.Array, k_KSD: jax.Array, mask_QS: jax.Array, scale: float
     num_queries, num_keys = mask_QS.shape
     scores_KRS = _dot("krd,ksd->krs", q_KRD, k_KSD, dtype) * scale
     scores_KGQS = scores_KRS.reshape(q_KRD.shape[0], -1, num_queries, num_keys)
-    return jnp.where(mask_QS, scores_KGQS, _MASKED).reshape(scores_KRS.shape)
+    masked_KRS = jnp.where(mask_QS, scores_KGQS, _MASKED).reshape(scores_KRS.shape)
+    # Without the barrier XLA computes mask and scores twice, for the maximum and again for the exponential.
+    return lax.optimization_barrier(masked_KRS)
 
 
 class _Tiles:

@@ -141,9 +141,7 @@ def test_rows_at_the_edges_equal_dense_attention(rows: list[list[int]]) -> None:
 
 @settings(max_examples=12, deadline=None)
 @given(
-    rows=st.lists(
-        st.lists(st.integers(1, 60) | st.integers(1, LENGTH), max_size=30), min_size=ROWS, max_size=ROWS
-    ),
+    rows=st.lists(st.lists(st.integers(1, 60) | st.integers(1, LENGTH), max_size=30), min_size=ROWS, max_size=ROWS),
     order=st.sampled_from(ORDERS),
     num_devices=st.sampled_from([2, 4, 8]),
     seed=st.integers(0, 2**31),
@@ -173,7 +171,9 @@ def test_bfloat16_stays_within_its_own_error() -> None:
     segment, position = ids_of([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]])
     exact = arrays(4)
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in exact]
-    wanted = dense(*(np.asarray(x, np.float64) for x in rounded[:3]), segment, position, np.asarray(rounded[3], np.float64))
+    wanted = dense(
+        *(np.asarray(x, np.float64) for x in rounded[:3]), segment, position, np.asarray(rounded[3], np.float64)
+    )
     got = compiled("ring", make_mesh(sp=4))(*rounded[:3], segment, position, rounded[3])
     for name, mine, theirs in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True):
         assert mine.dtype == jnp.bfloat16

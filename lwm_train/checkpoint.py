@@ -1,0 +1,113 @@
+"""Checkpoints of a run, by Orbax: asynchronous, atomic, the last `keep` kept.
+
+    RUN/run.json             what the run is: manifest, model, datasets and tokenizer by fingerprint, versions
+    RUN/checkpoints/STEP/    the train state after STEP steps
+    RUN/metrics.jsonl        one line per step
+    RUN/text_tokenizer.*     the tokenizer of the run's text
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from lwm_train.config import CheckpointSpec, ModelConfig
+from lwm_train.mesh import tree_shardings
+from lwm_train.model import LOGICAL_AXES, Params, init_params
+from lwm_train.step import TrainState
+
+RUN_FILE = "run.json"
+
+
+class Checkpoints:
+    """The checkpoints of one run folder. Saving returns at once; the block waits for what is under way."""
+
+    def __init__(self, run: Path, spec: CheckpointSpec) -> None:
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save as a warning or info line
+        options = ocp.CheckpointManagerOptions(max_to_keep=spec.keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """Steps done at the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Save `state` as the checkpoint after `step` steps, unless it is there."""
+        if self._manager.latest_step() != step:
+            self._manager.save(step, args=ocp.args.StandardSave(state))
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """The state after `step` steps, laid out as `like` (arrays or jax.ShapeDtypeStruct with shardings)."""
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        state: TrainState = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        return state
+
+
+def write_run_file(run: Path, content: dict[str, Any]) -> None:
+    """Write run.json atomically."""
+    temporary = run / f".{RUN_FILE}.tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, run / RUN_FILE)
+
+
+def read_run_file(run: str | Path) -> dict[str, Any]:
+    """run.json of the run; ValueError where there is none."""
+    path = Path(run) / RUN_FILE
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{run}: no {RUN_FILE}: not a run, or it has not begun") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
+        raise ValueError(f"{path}: wanted an object with `model`")
+    return content
+
+
+def run_model_config(run: str | Path) -> ModelConfig:
+    """The model that the run trains."""
+    try:
+        return ModelConfig(**read_run_file(run)["model"])
+    except TypeError as error:
+        raise ValueError(f"{run}/{RUN_FILE}: model: {error}") from error
+
+
+def restore_params(run: str | Path, mesh: Mesh) -> tuple[Params, int]:
+    """The parameters of the run's newest checkpoint, on `mesh`, and its step. ValueError where it has none."""
+    config = run_model_config(run)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    where = tree_shardings(mesh, LOGICAL_AXES, shapes)
+    abstract = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+    folder = (Path(run) / "checkpoints").absolute()
+    if not folder.is_dir():
+        raise ValueError(f"{run}: no checkpoint yet; run its manifest first")
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ValueError(f"{run}: no checkpoint yet; run its manifest first")
+        args = ocp.args.PyTreeRestore(
+            {"params": abstract},
+            restore_args={"params": ocp.checkpoint_utils.construct_restore_args(abstract)},
+            partial_restore=True,
+        )
+        params: Params = manager.restore(step, args=args)["params"]
+    return params, step

@@ -1,0 +1,132 @@
+"""lwm-train: train, evaluate and sample from the command line. Heavy imports wait inside the verbs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lwm_data.terminal import run_app
+
+app = typer.Typer(
+    name="lwm-train",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help="Train, evaluate and sample a Large World Model from packed shards.\n\n"
+    "For instance: `lwm-train run manifests/demo/curriculum.yaml`, then `lwm-train eval manifests/demo/eval.yaml`.",
+)
+
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. optimizer.lr=1e-3.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@app.command()
+def run(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="A `kind: train` or `kind: curriculum` file.")],
+    overrides: Sets = None,
+    allow: Annotated[
+        list[str] | None, typer.Option("--allow", metavar="KEY", help="Resume although this key changed.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a manifest's stages, or go on where they were.
+
+    Example: `lwm-train run manifests/demo/curriculum.yaml`
+
+    Ctrl-C saves a checkpoint and ends (twice: ends at once); the next run goes on from there, bit for bit. A
+    finished stage is left alone. On a machine without accelerators the mesh's devices are simulated on the CPU.
+    """
+    from lwm_train.config import read_train_manifests
+    from lwm_train.train import train_stages
+
+    results = train_stages(read_train_manifests(manifest, overrides or ()), allow or ())
+    for result in results:
+        state = f"stopped by {result.stopped}, saved" if result.stopped else "done" if result.seconds else "done before"
+        if as_json:
+            print(json.dumps({"run": str(result.run), "step": result.step, "stopped": result.stopped}))
+        else:
+            print(f"{result.run}: {state} at step {result.step}")
+    if results[-1].stopped == "SIGINT":
+        raise KeyboardInterrupt
+
+
+@app.command("eval")
+def evaluate(
+    manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="A `kind: eval` YAML file.")],
+    overrides: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a run: held-out loss beside n-gram models, needle retrieval, samples.
+
+    Example: `lwm-train eval manifests/demo/eval.yaml`
+
+    The result is RUN/eval.json; an evaluation that is already there, of the same checkpoint, is not repeated.
+    """
+    from lwm_train.config import read_eval_manifest
+    from lwm_train.evaluate.run import evaluate_run, summary
+
+    result = evaluate_run(read_eval_manifest(manifest, overrides or ()))
+    print(json.dumps(result) if as_json else summary(result))
+
+
+@app.command()
+def generate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "It was a dark night",
+    num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to write at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, another text.")] = 0,
+    chat: Annotated[bool, typer.Option(help="The prompt is a user's message.")] = False,
+) -> None:
+    """Write text with a run's newest checkpoint.
+
+    Example: `lwm-train generate runs/demo/long --prompt "The captain" --tokens 60`
+    """
+    from lwm_train.evaluate.run import write_text
+
+    print(write_text(run, [prompt], num_tokens, temperature, seed, chat)[0])
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    out: Annotated[Path | None, typer.Option(help="The page to write; RUN/report.html by default.")] = None,
+) -> None:
+    """Write one self-contained page: curves, evaluation, rows of the data, samples, what was built from what.
+
+    Example: `lwm-train report runs/demo/long --out runs/demo/report.html`
+    """
+    from lwm_train.evaluate.run import report_content
+    from lwm_train.report import write_report
+
+    out = out or run / "report.html"
+    write_report(out, report_content(run))
+    print(out)
+
+
+@app.command()
+def schema(kind: Annotated[str, typer.Argument(metavar="KIND", help="train, curriculum or eval")] = "train") -> None:
+    """Print the JSON Schema of a manifest, for editors.
+
+    Example: `lwm-train schema train > train.schema.json`
+    """
+    from lwm_train.config import KINDS
+
+    if kind not in KINDS:
+        raise ValueError(f"KIND: got {kind}; wanted {' or '.join(KINDS)}")
+    print(json.dumps(KINDS[kind].model_json_schema(), indent=2))
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run_app(app))
+
+
+if __name__ == "__main__":
+    main()

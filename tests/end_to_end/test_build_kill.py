@@ -1,0 +1,115 @@
+"""A build that is killed at any moment, or stopped by Ctrl-C, and run again, gives the bytes of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lwm_data.build import build
+
+NUM_KILLS = 20
+TOKENS = {"min": 150, "max": 200}
+SOURCES = [
+    {"name": "books", "type": "books", "path": "books/*.txt"},
+    {"name": "chats", "type": "chats", "path": "chats.jsonl"},
+    {"name": "needles", "type": "needles", "count": 300, "haystack": "books/*.txt", "tokens": TOKENS},
+]
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _start(manifest: Path, workers: int) -> subprocess.Popen[bytes]:
+    """A build in a process group of its own, as a shell starts it; returns once its work has begun."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lwm_data.cli", "build", str(manifest), "--workers", str(workers)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith(b"read input"), "the build says what it does"
+    return process
+
+
+def _wait_for(process: subprocess.Popen[bytes], line: bytes) -> None:
+    assert process.stderr is not None
+    for said in process.stderr:
+        if said.startswith(line):
+            return
+    raise AssertionError(f"the build never said {line!r}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Wait until the build and its workers are gone: these hold the other end of stderr."""
+    assert process.stderr is not None
+    process.wait(30)
+    ready, _, _ = select.select([process.stderr], [], [], 30)
+    assert ready
+    process.stderr.read()
+    process.stderr.close()
+
+
+def test_killed_at_random_moments_and_run_again_gives_the_same_bytes(project: Callable[..., Path]) -> None:
+    keys = {"shard_size": 2048, "row_length": 200, "sources": SOURCES}
+    undisturbed = build(project("whole", **keys)).out
+    wanted, wanted_store = _bytes(undisturbed), _bytes(undisturbed.parent / "token-store")
+    assert len(wanted) > 100
+
+    manifest = project("measured", **keys)
+    started = _start(manifest, 1)
+    begin = time.monotonic()
+    _wait_for(started, b"write rows")
+    _wait_for(started, b"write rows")
+    duration = time.monotonic() - begin
+    _end(started)
+    assert started.returncode == 0 and _bytes(manifest.parent / "out") == wanted
+
+    rng = random.Random(0)
+    unfinished = halfway = 0
+    for kill in range(NUM_KILLS):
+        manifest = project(f"killed{kill}", **keys)
+        out = manifest.parent / "out"
+        process = _start(manifest, workers=2 if kill % 5 == 4 else 1)
+        time.sleep(duration * (kill + rng.random()) / NUM_KILLS)
+        process.send_signal(signal.SIGKILL)
+        _end(process)
+        if not (out / "index.json").exists():
+            unfinished += 1
+            halfway += any(out.glob("shard-*.tar")) or any((manifest.parent / "token-store").glob("*.arrow"))
+        again = build(manifest)
+        assert again.out == out
+        assert _bytes(out) == wanted, f"kill {kill}"
+        assert _bytes(manifest.parent / "token-store") == wanted_store, f"kill {kill}"
+    assert unfinished >= NUM_KILLS // 2 and halfway >= NUM_KILLS // 4, "the kills hit builds at work"
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("stage", [b"tokenize", b"write rows"])
+def test_ctrl_c_exits_130_and_leaves_nothing_half_written(
+    project: Callable[..., Path], workers: int, stage: bytes
+) -> None:
+    count = 20_000 if stage == b"tokenize" else 3_000
+    sources = [{"name": "n", "type": "needles", "count": count, "haystack": "books/*.txt", "tokens": TOKENS}]
+    manifest = project(shard_size=512 if stage == b"write rows" else 8192, sources=sources)
+    process = _start(manifest, workers)
+    _wait_for(process, stage)
+    time.sleep(0.2 if stage == b"write rows" else 1.5)
+    assert process.poll() is None, "the build is still at work"
+    os.killpg(process.pid, signal.SIGINT)
+    _end(process)
+    assert process.returncode == 130
+    assert not (manifest.parent / "out" / "index.json").exists()
+    left = [path.name for path in manifest.parent.rglob("*.tmp")]
+    assert left == [], "no temporaries"
