@@ -192,7 +192,7 @@ def _shards(manifest: DatasetManifest, plan: ExamplePlan, rows_per_shard: int) -
     lengths = plan.lengths[order]
     rows: Iterable[list[Cut]]
     if manifest.packing == "naive":
-        rows = concatenate_and_cut(lengths.tolist(), manifest.row_length)
+        rows = concatenate_and_cut(lengths, manifest.row_length)
     else:
         rows = ([(i, 0, int(lengths[i])) for i in row] for row in best_fit(lengths, manifest.row_length))
     held: list[list[Cut]] = []

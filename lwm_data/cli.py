@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -54,7 +55,7 @@ def build(
         print(json.dumps(described))
         return
     _print(dataset_table(result.info))
-    print(f"{'built' if result.built else 'nothing to do; built before'}: {result.out}")
+    print(f"{'built' if result.built else 'nothing to do; built before'}: {os.path.relpath(result.out)}")
 
 
 @app.command()

@@ -56,9 +56,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     While it is written the temporary is locked, so that `remove_leftovers` takes only those of the dead.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+    with _open_locked(temporary) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -66,6 +65,15 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         finally:
             temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    while True:
+        file = open(path, "wb")  # noqa: SIM115 (the caller closes it)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # another build took it for a leftover between the two calls
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ concatenate_and_cut                 [0 0 0 0 0 0 1 1 1 1] [1 1 1 2 2 2 2 . . .]
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int64
@@ -38,7 +38,7 @@ def best_fit(lengths: Int64[np.ndarray, " n"], row_length: int, open_rows: int =
     rows: list[list[int]] = [[] for _ in range(open_rows)]
     unused = list(range(open_rows - 1, -1, -1))
     number = 0
-    for at in range(0, len(lengths), CHUNK):
+    for at in range(0, len(lengths), CHUNK):  # _numbers, but without a generator's cost per example
         for need in (lengths[at : at + CHUNK].astype(np.int64) << bits).tolist():
             i = bisect_left(free, need)
             if i < len(free):
@@ -70,11 +70,11 @@ def best_fit(lengths: Int64[np.ndarray, " n"], row_length: int, open_rows: int =
         yield rows[left & mask]
 
 
-def concatenate_and_cut(lengths: Iterable[int], row_length: int) -> Iterator[list[Cut]]:
+def concatenate_and_cut(lengths: Int64[np.ndarray, " n"], row_length: int) -> Iterator[list[Cut]]:
     """Rows of cuts: the examples one after another, cut wherever a row is full; the last row may be short."""
     row: list[Cut] = []
     room = row_length
-    for number, length in enumerate(lengths):
+    for number, length in enumerate(_numbers(lengths)):
         start = 0
         while start < length:
             stop = min(length, start + room)
@@ -86,3 +86,8 @@ def concatenate_and_cut(lengths: Iterable[int], row_length: int) -> Iterator[lis
                 row, room = [], row_length
     if row:
         yield row
+
+
+def _numbers(lengths: Int64[np.ndarray, " n"]) -> Iterator[int]:
+    for at in range(0, len(lengths), CHUNK):
+        yield from lengths[at : at + CHUNK].tolist()

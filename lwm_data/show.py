@@ -61,7 +61,7 @@ def row_text(view: dict[str, Any]) -> Group:
         text = Text()
         for run in segment["runs"]:
             style = "magenta" if run["vision"] else "green" if run["weight"] else "dim"
-            text.append(run["text"], style)
+            text.append(run["text"].replace("\x1b", "\u241b"), style)  # a book must not steer the terminal
         parts.append(text)
     parts.append(Text(f"\npadding: {view['padding']:,} tokens", style="bold"))
     return Group(*parts)

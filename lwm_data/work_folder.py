@@ -1,7 +1,7 @@
 """A dataset's folder while a build works on it.
 
     out/.work/lock               held by the one build that may write here
-    out/.work/writers            held, shared, by whoever is writing a shard: workers outlive a killed build for a moment
+    out/.work/writers            shared by all who write a shard: a worker outlives a killed build for a moment
     out/.work/fingerprint        of the build that the records belong to
     out/.work/shard-000000.json  a record: this shard is finished; written after the shard is on disk
     out/shard-000000.tar ...     finished shards

@@ -91,19 +91,24 @@ def run_model_config(run: str | Path) -> ModelConfig:
         raise ValueError(f"{run}/{RUN_FILE}: model: {error}") from error
 
 
+def latest_step(run: str | Path) -> int:
+    """Steps done at the run's newest whole checkpoint. ValueError where it has none."""
+    folder = (Path(run) / "checkpoints").absolute()
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    if not steps:
+        raise ValueError(f"{run}: no checkpoint yet; run its manifest first")
+    return int(max(steps))
+
+
 def restore_params(run: str | Path, mesh: Mesh) -> tuple[Params, int]:
     """The parameters of the run's newest checkpoint, on `mesh`, and its step. ValueError where it has none."""
+    step = latest_step(run)
     config = run_model_config(run)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     where = tree_shardings(mesh, LOGICAL_AXES, shapes)
     abstract = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
     folder = (Path(run) / "checkpoints").absolute()
-    if not folder.is_dir():
-        raise ValueError(f"{run}: no checkpoint yet; run its manifest first")
     with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"{run}: no checkpoint yet; run its manifest first")
         args = ocp.args.PyTreeRestore(
             {"params": abstract},
             restore_args={"params": ocp.checkpoint_utils.construct_restore_args(abstract)},

@@ -141,6 +141,7 @@ def decode_step(
     """hidden_BD after one more token of every row, and the cache with it. The cache must have a free slot."""
     dtype = jnp.dtype(config.dtype)
     slot = cache.num_filled
+    zero = jnp.int32(0)
     slots_S = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)
     seen_BS = (slots_S >= cache.first_B[:, None]) & (slots_S <= slot)
     rotation = rope_rotation((slot - cache.first_B)[:, None], config, dtype)
@@ -153,7 +154,7 @@ def decode_step(
         layer, number = layer_and_number
         layer = jax.tree.map(lambda w: w.astype(dtype), layer)
         q, k, v = project_qkv(layer, config, x_B1D, rotation)
-        at = (number, 0, slot, 0, 0)
+        at = (number, zero, slot, zero, zero)
         keys = jax.lax.dynamic_update_slice(keys, k[None], at)
         values = jax.lax.dynamic_update_slice(values, v[None], at)
         out_B1HE = _attend_cache(q, keys[number], values[number], seen_BS)
@@ -211,7 +212,7 @@ def _generate_batch(
         out_BN, done_B, tokens_B, cache = state
         hidden_BD, cache = decode_step(params, config, cache, tokens_B, jnp.zeros(num_rows, bool))
         tokens_B = sample(hidden_BD, cache.num_filled)
-        out_BN = jax.lax.dynamic_update_slice(out_BN, tokens_B[:, None], (0, cache.num_filled - num_slots))
+        out_BN = jax.lax.dynamic_update_slice(out_BN, tokens_B[:, None], (jnp.int32(0), cache.num_filled - num_slots))
         return out_BN, done_B | (tokens_B == eos), tokens_B, cache
 
     hidden_BD, cache = prefill(params, config, tokens_BP, first_B, num_slots + num_new, mesh)

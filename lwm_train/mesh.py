@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,12 +35,17 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (all of them by default). ValueError where the axes do not multiply to their number."""
+    """The mesh over `devices` (all of them by default; of simulated ones as many as the axes need).
+
+    ValueError where the axes do not multiply to the number of devices.
+    """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [getattr(spec, axis) for axis in AXES]
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
+    elif devices[0].platform == "cpu" and len(devices) > known:
+        devices = devices[:known]
     if math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
         raise ValueError(f"mesh: {wanted} = {math.prod(sizes)} devices; there are {len(devices)} ({devices[0].platform})")
@@ -77,10 +84,13 @@ def tree_shardings(mesh: Mesh, logical_axes: Any, tree: Any) -> Any:
     return jax.tree.map(one, tree, logical_axes)
 
 
-def request_devices(spec: MeshSpec) -> None:
-    """On a machine without accelerators, let JAX simulate as many CPU devices as the mesh names.
+def request_devices(specs: Sequence[MeshSpec]) -> None:
+    """On a machine without accelerators, let JAX simulate as many CPU devices as the largest mesh names.
 
-    Must run before the first use of a device.
+    Must run before the first use of a device; later, or where XLA_FLAGS already says how many, it changes nothing.
     """
-    wanted = math.prod(size for axis in AXES if (size := getattr(spec, axis)) != -1)
-    jax.config.update("jax_num_cpu_devices", wanted)
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    wanted = max(math.prod(size for axis in AXES if (size := getattr(spec, axis)) != -1) for spec in specs)
+    with contextlib.suppress(RuntimeError):  # a device is in use already
+        jax.config.update("jax_num_cpu_devices", wanted)

@@ -69,7 +69,7 @@ def make_train_step(
         (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), StepReport(loss, sums, optax.global_norm(grads))
+        return TrainState(state.step + 1, params, opt_state), StepReport(loss, sums, optax.tree.norm(grads))
 
     return jax.jit(train_step, donate_argnums=0)
 

@@ -47,8 +47,7 @@ class StageResult:
 
 def train_stages(stages: Sequence[TrainManifest], allow: Sequence[str] = ()) -> list[StageResult]:
     """Train each stage in turn; a finished stage is passed over. Ends early when a signal asks."""
-    for stage in stages:
-        request_devices(stage.mesh)
+    request_devices([stage.mesh for stage in stages])
     results = []
     with _signals() as asked:
         for stage in stages:

@@ -108,7 +108,7 @@ def dataset_of(demo_tokenizer: TextTokenizer) -> Callable[..., Dataset]:
         if packing == "masked":
             rows = [[(i, 0, int(lengths[i])) for i in row] for row in best_fit(lengths, row_length)]
         else:
-            rows = list(concatenate_and_cut(lengths.tolist(), row_length))
+            rows = list(concatenate_and_cut(lengths, row_length))
         store = StoreRef(folder / "store.arrow", "made", "error")
         form = RowFormat(out, (store,), row_length, "uint16", packing, weighting)
         shards = []

@@ -3,7 +3,7 @@
     q [B, L, H, D]  k, v [B, L, K, D]  ids [B, L]        B over (dp, fsdp), L over sp, H and K over tp
           |  jax.shard_map
     local [B', K', G, L', D]                             keys are put in this layout once, before they travel
-          |  schedule: local | ring                      who meets whom, when
+          |  schedule: ring | allgather | ulysses        who meets whom, when; one device needs none
           |  kernel:   xla                               one meeting
     out [B, L, H, D]
 
@@ -15,14 +15,33 @@ from jax.sharding import Mesh, PartitionSpec
 
 from lwm_train.attention import xla
 from lwm_train.attention.block import BlockKernel, TokenIds
+from lwm_train.attention.gathered import allgather_local, ulysses_local
 from lwm_train.attention.local import attend_local
 from lwm_train.attention.ring import ring_local
 
-SCHEDULES = ("auto", "ring")
+SCHEDULES = ("auto", "ring", "allgather", "ulysses")
 KERNELS: dict[str, BlockKernel] = {"xla": xla}
 _ROWS = ("dp", "fsdp")
 _IDS = PartitionSpec(_ROWS, "sp")
 _HEADS = PartitionSpec(_ROWS, "sp", "tp", None)
+
+
+_TOKENS_THAT_HIDE_A_HOP = {"tpu": 8192, "gpu": 4096}  # on each device, with one query head per key head
+_MOST_TOKENS_GATHERED = 65536
+
+
+def choose_schedule(local_tokens: int, group: int, local_key_heads: int, num_devices: int, platform: str) -> str:
+    """What `auto` means: ring where computing one block hides sending the next, or where nothing else fits.
+
+    A hop computes local_tokens^2 * H * D and sends local_tokens * K * D, so it is hidden when local_tokens * H / K
+    is large enough (docs/attention.md). Below that one exchange beats many: heads against tokens if the key heads
+    can be split, else the keys of a row that is short enough to be held by everybody.
+    """
+    if platform not in _TOKENS_THAT_HIDE_A_HOP or local_tokens * group >= _TOKENS_THAT_HIDE_A_HOP[platform]:
+        return "ring"
+    if local_key_heads % num_devices == 0:
+        return "ulysses"
+    return "allgather" if local_tokens * num_devices <= _MOST_TOKENS_GATHERED else "ring"
 
 
 def attention(
@@ -54,13 +73,23 @@ def attention(
     ids = TokenIds(segment_ids_BL, position_ids_BL)
     if mesh is None:
         return _one_device(block_kernel, q_BLHD, k_BLKD, v_BLKD, ids)
-    _check_mesh(q_BLHD, k_BLKD, mesh)
+    _check_mesh(q_BLHD, k_BLKD, mesh, schedule)
 
     def on_each_device(q: jax.Array, k: jax.Array, v: jax.Array, ids: TokenIds) -> jax.Array:
-        if mesh.shape["sp"] == 1:
+        num_devices = mesh.shape["sp"]
+        if num_devices == 1:
             return _one_device(block_kernel, q, k, v, ids)
-        out = ring_local(block_kernel, "sp", tuple(mesh.axis_names), *_split_heads(q, k, v), ids)
-        return _join_heads(out)
+        heads = _split_heads(q, k, v)
+        chosen = schedule
+        if schedule == "auto":
+            group = q.shape[2] // k.shape[2]
+            platform = mesh.devices.flat[0].platform
+            chosen = choose_schedule(q.shape[1], group, k.shape[2], num_devices, platform)
+        if chosen == "allgather":
+            return _join_heads(allgather_local(block_kernel, "sp", *heads, ids))
+        if chosen == "ulysses":
+            return _join_heads(ulysses_local(block_kernel, "sp", *heads, ids))
+        return _join_heads(ring_local(block_kernel, "sp", tuple(mesh.axis_names), *heads, ids))
 
     sharded = jax.shard_map(
         on_each_device, mesh=mesh, in_specs=(_HEADS, _HEADS, _HEADS, _IDS), out_specs=_HEADS, check_vma=False
@@ -92,7 +121,9 @@ def _pick(kernel: str) -> BlockKernel:
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, position: jax.Array) -> None:
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"attention: q {q.shape}, k {k.shape} and v {v.shape}; wanted [B, L, H, D] and twice [B, L, K, D]")
+        raise ValueError(
+            f"attention: q {q.shape}, k {k.shape} and v {v.shape}; wanted [B, L, H, D] and twice [B, L, K, D]"
+        )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if segment.shape != q.shape[:2] or position.shape != q.shape[:2]:
@@ -101,13 +132,16 @@ def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, 
         )
 
 
-def _check_mesh(q: jax.Array, k: jax.Array, mesh: Mesh) -> None:
+def _check_mesh(q: jax.Array, k: jax.Array, mesh: Mesh, schedule: str) -> None:
     if set(mesh.axis_names) != {"dp", "fsdp", "tp", "sp"}:
         raise ValueError(f"attention: got a mesh with axes {mesh.axis_names}, wanted dp, fsdp, tp and sp")
+    key_head_axes = (
+        ("tp x sp", mesh.shape["tp"] * mesh.shape["sp"]) if schedule == "ulysses" else ("tp", mesh.shape["tp"])
+    )
     wants = (
         ("rows", q.shape[0], "dp x fsdp", mesh.shape["dp"] * mesh.shape["fsdp"]),
         ("tokens in a row", q.shape[1], "sp", mesh.shape["sp"]),
-        ("key heads", k.shape[2], "tp", mesh.shape["tp"]),
+        ("key heads", k.shape[2], *key_head_axes),
     )
     for what, count, axis, size in wants:
         if count % size:

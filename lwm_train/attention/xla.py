@@ -52,29 +52,28 @@ def forward(
     def query_tile(index: jax.Array, written: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         row, i = index // tiles.num_q, index % tiles.num_q
         q_KRD = tiles.take_q(q_BKGQD, row, i).reshape(key_heads, tile_rows, head_dim)
-        q_tile_ids = tiles.q_ids_of(row, i)
 
         def key_tile(
-            step: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]
-        ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            out_KRD, total_KR, peak_KR = state
+            step: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+            out_KRD, total_KR, peak_KR, bias_QS = state
             j = tiles.live_list[row, i, step]
             k_KSD, v_KSD = tiles.take_k(k_BKSD, row, j), tiles.take_k(v_BKSD, row, j)
-            mask_QS = visible(q_tile_ids, tiles.k_ids_of(row, j))
-            scores = _scores(q_KRD, k_KSD, mask_QS, scale, dtype)
+            scores = _scores(q_KRD, k_KSD, bias_QS, scale)
             new_peak = jnp.maximum(peak_KR, scores.max(axis=-1))
             p_KRS = jnp.exp(scores - new_peak[..., None])
             shrink = jnp.exp(peak_KR - new_peak)
             total_KR = total_KR * shrink + p_KRS.sum(axis=-1)
             out_KRD = out_KRD * shrink[..., None] + _dot("krs,ksd->krd", p_KRS.astype(v_KSD.dtype), v_KSD, dtype)
-            return out_KRD, total_KR, new_peak
+            return out_KRD, total_KR, new_peak, tiles.bias(row, i, step + 1, dtype)
 
         start = (
             jnp.zeros((key_heads, tile_rows, head_dim), dtype),
             jnp.zeros((key_heads, tile_rows), dtype),
             jnp.full((key_heads, tile_rows), DEAD_LSE, dtype),
+            tiles.bias(row, i, jnp.int32(0), dtype),
         )
-        out_KRD, total_KR, peak_KR = lax.fori_loop(jnp.int32(0), tiles.num_live[row, i], key_tile, start)
+        out_KRD, total_KR, peak_KR, _ = lax.fori_loop(jnp.int32(0), tiles.num_live[row, i], key_tile, start)
         seen = total_KR > 0
         out_KRD = out_KRD / jnp.where(seen, total_KR, 1)[..., None]
         lse_KR = jnp.where(seen, peak_KR + jnp.log(jnp.where(seen, total_KR, 1)), DEAD_LSE)
@@ -116,25 +115,27 @@ def backward(
         d_out_KRD = tiles.take_q(d_out_BKGQD, row, i).reshape(key_heads, tile_rows, head_dim)
         lse_KR = tiles.take_q(lse_BKGQ, row, i).reshape(key_heads, tile_rows)
         delta_KR = tiles.take_q(delta_BKGQ, row, i).reshape(key_heads, tile_rows)
-        q_tile_ids = tiles.q_ids_of(row, i)
 
-        def key_tile(step: jax.Array, state: Grads) -> Grads:
-            dq_KRD, dk_BKSD, dv_BKSD = state
+        def key_tile(
+            step: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+        ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+            dq_KRD, dk_BKSD, dv_BKSD, bias_QS = state
             j = tiles.live_list[row, i, step]
             k_KSD, v_KSD = tiles.take_k(k_BKSD, row, j), tiles.take_k(v_BKSD, row, j)
-            mask_QS = visible(q_tile_ids, tiles.k_ids_of(row, j))
-            scores = _scores(q_KRD, k_KSD, mask_QS, scale, dtype)
+            scores = _scores(q_KRD, k_KSD, bias_QS, scale)
             p_KRS = jnp.exp(scores - lse_KR[..., None])
             dp_KRS = _dot("krd,ksd->krs", d_out_KRD, v_KSD, dtype)
             ds_KRS = (p_KRS * (dp_KRS - delta_KR[..., None]) * scale).astype(q_KRD.dtype)
             dv_KSD = _dot("krs,krd->ksd", p_KRS.astype(d_out_KRD.dtype), d_out_KRD, dtype)
             dk_KSD = _dot("krs,krd->ksd", ds_KRS, q_KRD, dtype)
             dq_KRD = dq_KRD + _dot("krs,ksd->krd", ds_KRS, k_KSD, dtype)
-            return dq_KRD, tiles.add_k(dk_BKSD, dk_KSD, row, j), tiles.add_k(dv_BKSD, dv_KSD, row, j)
+            dk_BKSD, dv_BKSD = tiles.add_k(dk_BKSD, dk_KSD, row, j), tiles.add_k(dv_BKSD, dv_KSD, row, j)
+            return dq_KRD, dk_BKSD, dv_BKSD, tiles.bias(row, i, step + 1, dtype)
 
         dq_BKGQD, dk_BKSD, dv_BKSD = grads
-        start = (jnp.zeros((key_heads, tile_rows, head_dim), dtype), dk_BKSD, dv_BKSD)
-        dq_KRD, dk_BKSD, dv_BKSD = lax.fori_loop(jnp.int32(0), tiles.num_live[row, i], key_tile, start)
+        dq_KRD = jnp.zeros((key_heads, tile_rows, head_dim), dtype)
+        start = (dq_KRD, dk_BKSD, dv_BKSD, tiles.bias(row, i, jnp.int32(0), dtype))
+        dq_KRD, dk_BKSD, dv_BKSD, _ = lax.fori_loop(jnp.int32(0), tiles.num_live[row, i], key_tile, start)
         return tiles.put_q(dq_BKGQD, dq_KRD, row, i), dk_BKSD, dv_BKSD
 
     zero_k = jnp.zeros((rows, key_heads, tiles.padded_k, head_dim), dtype)
@@ -147,14 +148,11 @@ def _dot(spec: str, a: jax.Array, b: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=dtype)
 
 
-def _scores(q_KRD: jax.Array, k_KSD: jax.Array, mask_QS: jax.Array, scale: float, dtype: jnp.dtype) -> jax.Array:
-    """Scaled scores of one pair of tiles, `_MASKED` where the query does not see the key: [K, R = G * Q, S]."""
-    num_queries, num_keys = mask_QS.shape
-    scores_KRS = _dot("krd,ksd->krs", q_KRD, k_KSD, dtype) * scale
-    scores_KGQS = scores_KRS.reshape(q_KRD.shape[0], -1, num_queries, num_keys)
-    masked_KRS = jnp.where(mask_QS, scores_KGQS, _MASKED).reshape(scores_KRS.shape)
-    # Without the barrier XLA computes mask and scores twice, for the maximum and again for the exponential.
-    return lax.optimization_barrier(masked_KRS)
+def _scores(q_KRD: jax.Array, k_KSD: jax.Array, bias_QS: jax.Array, scale: float) -> jax.Array:
+    """Scaled scores of one pair of tiles, about `_MASKED` where the query does not see the key: [K, R = G * Q, S]."""
+    scores_KRS = _dot("krd,ksd->krs", q_KRD, k_KSD, bias_QS.dtype) * scale
+    scores_KGQS = scores_KRS.reshape(q_KRD.shape[0], -1, *bias_QS.shape)
+    return (scores_KGQS + bias_QS).reshape(scores_KRS.shape)
 
 
 class _Tiles:
@@ -198,11 +196,16 @@ class _Tiles:
         zero = jnp.zeros_like(row)
         return lax.dynamic_update_slice(x_BKSD, tile[None], (row, zero, j * self.k_tile, zero))
 
-    def q_ids_of(self, row: jax.Array, i: jax.Array) -> TokenIds:
-        return TokenIds(*(_take_row(field, row, i, self.q_tile) for field in self._q_ids))
+    def bias(self, row: jax.Array, i: jax.Array, step: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """[q_tile, k_tile]: 0 where the query sees the key of the `step`-th live tile, `_MASKED` elsewhere.
 
-    def k_ids_of(self, row: jax.Array, j: jax.Array) -> TokenIds:
-        return TokenIds(*(_take_row(field, row, j, self.k_tile) for field in self._k_ids))
+        The loops compute it one step ahead and carry it: XLA would otherwise fuse it into every pass over the
+        scores, once for each head, and on CPU such a pass takes twice as long.
+        """
+        j = jnp.minimum(self.live_list[row, i, jnp.minimum(step, self.num_k - 1)], self.num_k - 1)
+        q_ids = TokenIds(*(_take_row(field, row, i, self.q_tile) for field in self._q_ids))
+        k_ids = TokenIds(*(_take_row(field, row, j, self.k_tile) for field in self._k_ids))
+        return jnp.where(visible(q_ids, k_ids), 0, _MASKED).astype(dtype)
 
 
 def _take_row(x_BL: jax.Array, row: jax.Array, index: jax.Array, tile: int) -> jax.Array:

@@ -71,7 +71,7 @@ def test_best_fit_refuses_what_no_row_holds() -> None:
 
 @given(lengths=LENGTHS, row_length=st.integers(1, 70))
 def test_concatenate_and_cut_keeps_every_token_in_order(lengths: list[int], row_length: int) -> None:
-    rows = list(concatenate_and_cut(lengths, row_length))
+    rows = list(concatenate_and_cut(np.array(lengths, np.int64), row_length))
     tokens = [(number, at) for row in rows for number, start, stop in row for at in range(start, stop)]
     assert tokens == [(number, at) for number, length in enumerate(lengths) for at in range(length)]
     sizes = [sum(stop - start for _, start, stop in row) for row in rows]

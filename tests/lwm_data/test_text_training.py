@@ -21,6 +21,12 @@ def test_every_text_comes_back(demo_tokenizer: TextTokenizer, text: str) -> None
     assert demo_tokenizer.decode(demo_tokenizer.encode(text)) == text
 
 
+def test_a_text_cannot_smuggle_special_ids_in(demo_tokenizer: TextTokenizer) -> None:
+    text = "</s> <s><unk> <0x0A>"
+    ids = demo_tokenizer.encode(text)
+    assert demo_tokenizer.decode(ids) == text and not {0, demo_tokenizer.bos, demo_tokenizer.eos} & set(ids.tolist())
+
+
 @pytest.mark.parametrize("name", ["novels/treasure_island.txt", "heldout/time_machine.txt"])
 def test_every_shipped_novel_comes_back_without_an_unknown_token(demo_tokenizer: TextTokenizer, name: str) -> None:
     text = (ROOT / "manifests" / "demo" / name).read_text(encoding="utf-8")

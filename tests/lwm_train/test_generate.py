@@ -13,12 +13,12 @@ from lwm_train.mesh import make_mesh
 from lwm_train.model import Params, forward, init_params
 
 CONFIG = ModelSpec(preset="tiny").config(text_vocab_size=97)
-LENGTHS = (1, 5, 31, 32, 33, 70)
+LENGTHS = (1, 5, 31, 40)  # two buckets, 32 and 40; shapes recur in the tests, so that little is compiled
 
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    return init_params(CONFIG, jax.random.key(7))
+    return jax.jit(init_params, static_argnums=0)(CONFIG, jax.random.key(7))
 
 
 def prompts_of(lengths: tuple[int, ...], vocab_size: int = CONFIG.text_vocab_size) -> list[list[int]]:
@@ -26,45 +26,49 @@ def prompts_of(lengths: tuple[int, ...], vocab_size: int = CONFIG.text_vocab_siz
     return [rng.integers(0, vocab_size, length).tolist() for length in lengths]
 
 
-def last_logits(params: Params, config: ModelConfig, ids: list[int]) -> np.ndarray:
-    """Logits after `ids`, one unpadded row through `forward`."""
-    tokens = jnp.array([ids], jnp.int32)
-    positions = jnp.arange(len(ids), dtype=jnp.int32)[None]
-    hidden = forward(params, config, tokens, jnp.zeros_like(tokens, bool), jnp.ones_like(tokens), positions)
-    return np.asarray(hidden[0, -1] @ params.text_head)
-
-
-def greedy(params: Params, prompt: list[int], num_tokens: int) -> list[int]:
-    ids = list(prompt)
-    for _ in range(num_tokens):
-        ids.append(int(np.argmax(last_logits(params, CONFIG, ids))))
-    return ids[len(prompt) :]
+def all_logits(params: Params, config: ModelConfig, rows: list[list[int]]) -> list[np.ndarray]:
+    """float[len(row), V] of each row: one full forward pass, rows left-aligned."""
+    tokens = np.zeros((len(rows), 64), np.int32)
+    segments = np.zeros_like(tokens)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        segments[i, : len(row)] = 1
+    positions = np.broadcast_to(np.arange(64, dtype=np.int32), tokens.shape)
+    hidden = jax.jit(forward, static_argnums=1)(
+        params, config, tokens, np.zeros_like(tokens, bool), segments, positions
+    )
+    logits = np.asarray(hidden @ params.text_head)
+    return [logits[i, : len(row)] for i, row in enumerate(rows)]
 
 
 def test_cached_hidden_states_are_those_of_the_full_forward() -> None:
     with jax.enable_x64(True):
         config = ModelSpec(preset="tiny").config(97, dtype="float64")
-        params = init_params(config, jax.random.key(1))
-        rows = prompts_of((3, 9, 14))
-        first = np.array([16 - len(row) for row in rows], np.int32)
-        tokens = np.zeros((3, 16), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, first[i] :] = row
-        tokens[tokens == 0] = 5  # what lies in the padding must not matter
-        hidden, cache = prefill(params, config, jnp.array(tokens), jnp.array(first), 20, None)
+        params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(1))
+        lengths, num_slots = (3, 9, 14), 16
+        rows = prompts_of(tuple(length + 4 for length in lengths))
+        wanted = all_logits(params, config, rows)
+        tokens = np.full((3, num_slots), 5, np.int32)  # what lies in the padding must not matter
+        first = np.array([num_slots - length for length in lengths], np.int32)
+        for i, length in enumerate(lengths):
+            tokens[i, first[i] :] = rows[i][:length]
+        hidden, cache = jax.jit(prefill, static_argnums=(1, 4, 5))(params, config, tokens, first, 20, None)
+        step_fn = jax.jit(decode_step, static_argnums=1)
         assert cache.keys.shape == cache.values.shape == (2, 3, 20, 2, 8)
-        for step in range(4):
-            wanted = [last_logits(params, config, row) for row in rows]
-            np.testing.assert_allclose(hidden @ params.text_head, wanted, rtol=1e-9, atol=1e-9)
-            rows = [[*row, step + i] for i, row in enumerate(rows)]
-            new = jnp.array([row[-1] for row in rows], jnp.int32)
-            hidden, cache = decode_step(params, config, cache, new, jnp.zeros(3, bool))
+        for step in range(5):
+            at = [logits[length + step - 1] for logits, length in zip(wanted, lengths, strict=True)]
+            np.testing.assert_allclose(hidden @ params.text_head, at, rtol=1e-9, atol=1e-9)
+            if step < 4:
+                new = jnp.array([row[length + step] for row, length in zip(rows, lengths, strict=True)], jnp.int32)
+                hidden, cache = step_fn(params, config, cache, new, jnp.zeros(3, bool))
 
 
 def test_greedy_tokens_are_those_of_the_full_forward(params: Params) -> None:
-    prompts = prompts_of((1, 5, 33))
+    prompts = prompts_of(LENGTHS)
     got = generate(params, CONFIG, prompts, 7, temperature=0, seed=0, eos=None)
-    assert got == [greedy(params, prompt, 7) for prompt in prompts]
+    wholes = [prompt + ids for prompt, ids in zip(prompts, got, strict=True)]
+    for logits, ids in zip(all_logits(params, CONFIG, wholes), got, strict=True):
+        assert ids == np.argmax(logits, axis=1)[-8:-1].tolist()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -72,8 +76,8 @@ def test_a_row_does_not_depend_on_its_batch(params: Params, temperature: float) 
     prompts = prompts_of(LENGTHS)
     together = generate(params, CONFIG, prompts, 9, temperature=temperature, seed=4, eos=None)
     # The rows before it stay in number (sampling is keyed by the row) but change in length, and so does the batch.
-    for row in (0, 3, 5):
-        others = [[1, 2]] * row
+    for row in (0, 3):
+        others = [[1, 2, 3]] * row
         alone = generate(params, CONFIG, [*others, prompts[row]], 9, temperature=temperature, seed=4, eos=None)
         assert alone[row] == together[row]
 
@@ -90,25 +94,25 @@ def test_samples_depend_on_seed_and_row_and_follow_the_temperature(params: Param
 
 
 def test_sampling_follows_the_softmax(params: Params) -> None:
-    draws = generate(params, CONFIG, [[3, 1, 4]] * 2048, 1, temperature=2.0, seed=5, eos=None)
+    draws = generate(params, CONFIG, [[3, 1, 4]] * 1024, 1, temperature=2.0, seed=5, eos=None)
     share = np.bincount([ids[0] for ids in draws], minlength=CONFIG.text_vocab_size) / len(draws)
-    logits = last_logits(params, CONFIG, [3, 1, 4]) / 2.0
+    logits = all_logits(params, CONFIG, [[3, 1, 4]])[0][-1] / 2.0
     wanted = np.exp(logits - logits.max())
     wanted /= wanted.sum()
-    assert np.abs(share - wanted).sum() < 0.25  # about 0.14 is expected of 2,048 draws over 97 ids
+    assert np.abs(share - wanted).sum() < 0.35  # about 0.2 is expected of 1,024 draws over 97 ids
 
 
 def test_a_row_ends_before_its_eos(params: Params) -> None:
-    prompts = prompts_of((4, 12))
+    prompts = prompts_of((4, 12, 20))
     free = generate(params, CONFIG, prompts, 12, temperature=1.0, seed=2, eos=None)
-    assert [len(ids) for ids in free] == [12, 12]
+    assert [len(ids) for ids in free] == [12, 12, 12]
     eos = free[0][5]
     ended = generate(params, CONFIG, prompts, 12, temperature=1.0, seed=2, eos=eos)
     assert ended == [ids[: ids.index(eos)] if eos in ids else ids for ids in free]
 
 
 def test_a_mesh_changes_nothing(params: Params) -> None:
-    prompts = prompts_of((5, 33, 61))
+    prompts = prompts_of((5, 20, 31))
     mesh = make_mesh(MeshSpec(dp=2, tp=2, sp=2))
     got = generate(params, CONFIG, prompts, 6, temperature=0, seed=0, eos=None, mesh=mesh)
     assert got == generate(params, CONFIG, prompts, 6, temperature=0, seed=0, eos=None)

@@ -153,6 +153,13 @@ def test_random_packed_rows_equal_dense_attention(
     assert_equals_dense(arrays(seed), segment, position, mesh=make_mesh(sp=num_devices), orders=(order,))
 
 
+@pytest.mark.parametrize("schedule", ["allgather", "ulysses"])
+def test_other_schedules_equal_dense_attention(schedule: str) -> None:
+    segment, position = ids_of([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]])
+    mesh = make_mesh(sp=2, dp=2)
+    assert_equals_dense(arrays(0), segment, position, mesh=mesh, schedule=schedule, orders=("contiguous", "dealt"))
+
+
 @pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (6, 2), (4, 1)])
 def test_grouped_heads_and_odd_lengths_equal_dense_attention(heads: int, key_heads: int) -> None:
     length = 2 * 173

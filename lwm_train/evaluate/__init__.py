@@ -1,0 +1,1 @@
+"""What a trained model can do: held-out loss beside n-gram models, needle retrieval."""

@@ -1,0 +1,129 @@
+"""Evaluate a run as an eval manifest says, once: the result is RUN/eval.json.
+
+    {"key": ..., "run": ..., "step": 900,
+     "heldout": {...}, "ngram": {"unigram": nats, "bigram": nats}, "needle": {...}, "samples": [...]}
+
+key is a hash of the manifest, the checkpoint's step and the run's own content: with the same key nothing is measured
+again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from lwm_data.format.dataset import open_dataset
+from lwm_data.format.prompt import chat_prompt
+from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
+from lwm_data.terminal import Progress
+from lwm_train.checkpoint import latest_step, read_run_file, restore_params, run_model_config
+from lwm_train.config import EvalManifest, MeshSpec, TrainManifest
+from lwm_train.evaluate.heldout import heldout_loss
+from lwm_train.evaluate.needle import CHANCE, evaluate_needle
+from lwm_train.evaluate.ngram import NgramBaseline
+from lwm_train.generate import generate
+from lwm_train.mesh import make_mesh, request_devices
+
+EVAL_FILE = "eval.json"
+HELDOUT_TOKENS = 16_384  # in one batch
+
+
+def evaluate_run(manifest: EvalManifest) -> dict[str, Any]:
+    """Measure what the manifest asks for, or return what is measured already."""
+    run = Path(manifest.run)
+    content = read_run_file(run)
+    described = [manifest.model_dump_json(), latest_step(run), json.dumps(content, sort_keys=True)]
+    key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+    path = run / EVAL_FILE
+    if path.is_file():
+        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if before.get("key") == key:
+            return before
+    mesh_spec = TrainManifest.model_validate(content["manifest"]).mesh
+    request_devices([mesh_spec])
+    mesh = make_mesh(mesh_spec)
+    config, tokenizer = run_model_config(run), run_tokenizer(run)
+    params, step = restore_params(run, mesh)
+    result: dict[str, Any] = {"key": key, "name": manifest.name, "run": str(run), "step": step}
+    if manifest.heldout:
+        heldout = open_dataset(manifest.heldout)
+        rows = mesh.shape["dp"] * mesh.shape["fsdp"]
+        rows *= max(1, HELDOUT_TOKENS // (rows * heldout.info.row_length))
+        with Progress("held-out text", len(heldout), "rows") as progress:
+            result["heldout"] = asdict(heldout_loss(params, config, heldout, mesh, rows, progress.advance))
+        if manifest.ngram_baselines:
+            unigram, bigram = NgramBaseline.fit(open_dataset(manifest.ngram_baselines)).loss(heldout)
+            result["ngram"] = {"unigram": unigram, "bigram": bigram}
+    if manifest.needle:
+        spec = manifest.needle
+        with Progress("needles", len(spec.lengths) * len(spec.depths) * spec.rounds, "questions") as progress:
+            needles = evaluate_needle(params, config, tokenizer, spec, progress.advance)
+        result["needle"] = asdict(needles) | {"chance": CHANCE, "mean_accuracy": needles.mean_accuracy}
+    if manifest.samples:
+        s = manifest.samples
+        texts = write_text(run, list(s.prompts), s.num_tokens, s.temperature, s.seed, chat=False, mesh=mesh)
+        result["samples"] = [{"prompt": p, "text": t} for p, t in zip(s.prompts, texts, strict=True)]
+    temporary = path.with_name(f".{EVAL_FILE}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(result, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return result
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result as a person reads it."""
+    lines = [f"{result['run']}: step {result['step']}"]
+    if "heldout" in result:
+        loss = result["heldout"]["text_loss"]
+        lines.append(f"held-out text   {loss:.3f} nats a token (perplexity {math.exp(loss):.1f})")
+    for name, loss in result.get("ngram", {}).items():
+        lines.append(f"{name:15} {loss:.3f} nats a token (perplexity {math.exp(loss):.1f})")
+    if "needle" in result:
+        needle = result["needle"]
+        lines.append(f"needle          {needle['mean_accuracy']:.0%} found (chance {needle['chance']:.0e})")
+        lines.append("  tokens    " + "".join(f"depth {depth:<5g} " for depth in needle["depths"]))
+        for length, row in zip(needle["lengths"], needle["accuracy"], strict=True):
+            lines.append(f"  {length:<10,}" + "".join(f"{accuracy:<12.0%}" for accuracy in row))
+    for sample in result.get("samples", []):
+        lines.append(f"sample          {sample['prompt']}{sample['text']!r}")
+    return "\n".join(lines)
+
+
+def write_text(
+    run: Path,
+    prompts: list[str],
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+    chat: bool,
+    mesh: Mesh | None = None,
+) -> list[str]:
+    """What the run's newest checkpoint writes after each prompt; of a chat, the prompt is a user's message."""
+    tokenizer = run_tokenizer(run)
+    if mesh is None:
+        request_devices([MeshSpec()])
+        mesh = make_mesh(MeshSpec())
+    params, _ = restore_params(run, mesh)
+    ids = [chat_prompt(tokenizer, p) if chat else [tokenizer.bos, *tokenizer.encode(p).tolist()] for p in prompts]
+    out = generate(
+        params, run_model_config(run), ids, num_tokens, temperature=temperature, seed=seed, eos=tokenizer.eos
+    )
+    return [tokenizer.decode(np.array(answer, np.int32)) for answer in out]
+
+
+def run_tokenizer(run: Path) -> TextTokenizer:
+    """The tokenizer that lies in the run's folder; ValueError where it is not the run's."""
+    tokenizer = load_text_tokenizer(run / "text_tokenizer.yaml")
+    if tokenizer.fingerprint != read_run_file(run)["tokenizer_fingerprint"]:
+        raise ValueError(f"{run}: text_tokenizer.yaml is not the tokenizer that the model was trained with")
+    return tokenizer
