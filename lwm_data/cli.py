@@ -55,7 +55,8 @@ def build(
         print(json.dumps(described))
         return
     _print(dataset_table(result.info))
-    print(f"{'built' if result.built else 'nothing to do; built before'}: {os.path.relpath(result.out)}")
+    where = min(os.path.relpath(result.out), os.path.normpath(result.out), key=len)
+    print(f"{'built' if result.built else 'nothing to do; built before'}: {where}")
 
 
 @app.command()

@@ -20,10 +20,13 @@ def dataset_table(info: DatasetInfo) -> Table:
         show_footer=True,
     )
     lines = _lines(info)
-    for i, (heading, total) in enumerate(zip(HEADINGS, lines[-1], strict=True)):
-        table.add_column(heading, total, justify="left" if i == 0 else "right")
+    shown = [i for i, heading in enumerate(HEADINGS) if heading != "vision" or lines[-1][i] != "0"]
+    for i in shown:
+        # Numbers are never cut; a narrow terminal folds the sources' names.
+        width = max(len(line[i]) for line in [HEADINGS, *lines]) if i else None
+        table.add_column(HEADINGS[i], lines[-1][i], justify="right" if i else "left", min_width=width, overflow="fold")
     for line in lines[:-1]:
-        table.add_row(*line)
+        table.add_row(*(line[i] for i in shown))
     return table
 
 

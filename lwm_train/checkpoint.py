@@ -31,9 +31,7 @@ class Checkpoints:
     """The checkpoints of one run folder. Saving returns at once; the block waits for what is under way."""
 
     def __init__(self, run: Path, spec: CheckpointSpec) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax reports every save as a warning or info line
-        options = ocp.CheckpointManagerOptions(max_to_keep=spec.keep, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager((run / "checkpoints").absolute(), options=options)
+        self._manager = _manager(run, max_to_keep=spec.keep, cleanup_tmp_directories=True)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -107,8 +105,7 @@ def restore_params(run: str | Path, mesh: Mesh) -> tuple[Params, int]:
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     where = tree_shardings(mesh, LOGICAL_AXES, shapes)
     abstract = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
-    folder = (Path(run) / "checkpoints").absolute()
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with _manager(run, read_only=True) as manager:
         args = ocp.args.PyTreeRestore(
             {"params": abstract},
             restore_args={"params": ocp.checkpoint_utils.construct_restore_args(abstract)},
@@ -116,3 +113,10 @@ def restore_params(run: str | Path, mesh: Mesh) -> tuple[Params, int]:
         )
         params: Params = manager.restore(step, args=args)["params"]
     return params, step
+
+
+def _manager(run: str | Path, **options: Any) -> ocp.CheckpointManager:
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells of every save and restore as a warning
+    return ocp.CheckpointManager(
+        (Path(run) / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(**options)
+    )

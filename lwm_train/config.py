@@ -34,6 +34,7 @@ class ModelConfig:
     rope_theta: float = 1e4
     norm_eps: float = 1e-6
     dtype: str = "float32"  # of activations; parameters are float32 (float64 where this is)
+    remat: str = "block"  # block: a layer's activations are made again in the backward pass; none: they are kept
 
     @property
     def head_dim(self) -> int:
@@ -57,10 +58,10 @@ class ModelSpec(ManifestModel):
     preset: Literal["tiny", "demo", "1b", "3b", "7b", "13b"]
     rope_theta: float = Field(default=1e4, gt=0)
 
-    def config(self, text_vocab_size: int, dtype: str = "float32") -> ModelConfig:
+    def config(self, text_vocab_size: int, dtype: str = "float32", remat: str = "block") -> ModelConfig:
         dim, ffn_dim, layers, heads, kv_heads = PRESETS[self.preset]
         return ModelConfig(
-            dim, ffn_dim, layers, heads, kv_heads, text_vocab_size, rope_theta=self.rope_theta, dtype=dtype
+            dim, ffn_dim, layers, heads, kv_heads, text_vocab_size, rope_theta=self.rope_theta, dtype=dtype, remat=remat
         )
 
 
@@ -126,6 +127,7 @@ class TrainManifest(ManifestModel):
     init: Literal["random"] | InitFromRun = "random"
     model: ModelSpec
     precision: Literal["fp32", "bf16"] = "bf16"
+    remat: Literal["none", "block"] = Field(default="block", description="none keeps all activations: faster, larger")
     data: tuple[DataSpec, ...] = Field(min_length=1)
     batch_rows: Positive
     steps: Positive

@@ -126,7 +126,6 @@ def forward(
     x_BLD = constrain(x_BLD, mesh, "batch", "length", None)
     rotation = rope_rotation(position_ids_BL, config, dtype)
 
-    @jax.checkpoint
     def block(x_BLD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
         layer = jax.tree.map(lambda w: w.astype(dtype), layer)
         q, k, v = project_qkv(layer, config, x_BLD, rotation)
@@ -134,7 +133,7 @@ def forward(
         x_BLD = finish_block(layer, config, x_BLD, out_BLHE)
         return constrain(x_BLD, mesh, "batch", "length", None), None
 
-    x_BLD, _ = jax.lax.scan(block, x_BLD, params.layers)
+    x_BLD, _ = jax.lax.scan(jax.checkpoint(block) if config.remat == "block" else block, x_BLD, params.layers)
     return rms_norm(x_BLD, params.final_norm, config.norm_eps)
 
 

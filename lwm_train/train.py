@@ -62,7 +62,7 @@ def _train_stage(manifest: TrainManifest, allow: Sequence[str], asked: list[str]
     datasets = [open_dataset(spec.dataset) for spec in manifest.data]
     tokenizer = _shared_tokenizer(manifest, datasets)
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[manifest.precision]
-    config = manifest.model.config(tokenizer.vocab_size, dtype)
+    config = manifest.model.config(tokenizer.vocab_size, dtype, manifest.remat)
     content = _run_content(manifest, datasets, config)
     _check_unchanged(run, content, allow)
     mesh = make_mesh(manifest.mesh)
@@ -223,7 +223,7 @@ def _initial_params(init: InitFromRun, config: ModelConfig, content: dict[str, A
             f"init: {init.run}: its model was trained with tokenizer {before['tokenizer_fingerprint'][:12]}, the data "
             f"are built with {content['tokenizer_fingerprint'][:12]}; build them with the model's tokenizer"
         )
-    sizes = {key: value for key, value in asdict(config).items() if key not in ("rope_theta", "dtype")}
+    sizes = {key: value for key, value in asdict(config).items() if key not in ("rope_theta", "dtype", "remat")}
     changes = [f"{key}: was {before['model'].get(key)}, is {value}" for key, value in sizes.items() if before["model"].get(key) != value]
     if changes:
         raise ValueError(f"init: {init.run}: another model: {'; '.join(changes)}")

@@ -128,7 +128,8 @@ def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, 
         raise ValueError(f"attention: {q.shape[2]} query heads are not a multiple of {k.shape[2]} key heads")
     if segment.shape != q.shape[:2] or position.shape != q.shape[:2]:
         raise ValueError(
-            f"attention: segment ids {segment.shape} and position ids {position.shape}; wanted {q.shape[:2]} for q {q.shape}"
+            f"attention: segment ids {segment.shape} and position ids {position.shape} for q {q.shape}; "
+            f"wanted {q.shape[:2]}"
         )
 
 

@@ -27,7 +27,6 @@ from lwm_train.attention.block import DEAD_LSE, BlockKernel, TokenIds, accumulat
 from lwm_train.attention.mask import TileRanges, live_tiles, tile_ranges
 from lwm_train.attention.xla import pad_ids, tile_size
 
-
 T = TypeVar("T")
 
 
@@ -151,6 +150,11 @@ def _needed_hops(axis: str, ids: TokenIds) -> jax.Array:
     needed_from = jax.vmap(lambda keys: live_tiles(ranges, TileRanges(*keys)).any())(all_ranges)
     hops = jnp.arange(num_devices)
     return needed_from[(lax.axis_index(axis) - hops) % num_devices]
+
+
+def last_needed_hop(axis: str, all_axes: tuple[str, ...], segment_BL: jax.Array, position_BL: jax.Array) -> jax.Array:
+    """How many hops a row takes: the last that any device of the mesh needs, int32, the same on all of them."""
+    return _last_hop(_needed_hops(axis, TokenIds(segment_BL, position_BL)), all_axes)
 
 
 def _last_hop(needed: jax.Array, all_axes: tuple[str, ...]) -> jax.Array:

@@ -193,7 +193,7 @@ def test_the_command_line_builds_checks_and_shows(
 
     out = str(manifest.parent / "out")
     table = run("build", str(manifest))
-    assert "books" in table and "needles" in table and table.rstrip().endswith(os.path.relpath(out))
+    assert "books" in table and "needles" in table and table.rstrip().endswith(min(out, os.path.relpath(out), key=len))
     assert "nothing to do" in run("build", str(manifest))
     described: Any = json.loads(run("build", str(manifest), "--json"))
     assert described["built"] is False and 0.8 < described["fill"] <= 1

@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def test_a_book_is_bos_text_eos_through_any_compression(
     tmp_path: Path, demo_tokenizer: TextTokenizer, pack: Callable[[bytes], bytes]
 ) -> None:
     text = "Call me Ishmael.\n\n  Some “years” ago\t— never mind.\n"
-    ending = {bytes: ".txt", gzip.compress: ".txt.gz"}.get(pack, ".txt.zst")  # type: ignore[call-overload]
+    ending = {bytes: ".txt", gzip.compress: ".txt.gz"}.get(pack, ".txt.zst")
     (record,) = read_book(_file(tmp_path / f"moby{ending}", pack(text.encode())), demo_tokenizer)
     ids = _ids(record)
     assert ids[0] == demo_tokenizer.bos and ids[-1] == demo_tokenizer.eos
@@ -79,7 +80,7 @@ def test_a_chat_trains_the_assistant_and_the_eos_after_it(tmp_path: Path, demo_t
     (record,) = read_chats(_file(tmp_path / "c.jsonl", line.encode()), demo_tokenizer)
     assert isinstance(record, Record) and record.key == "7"
     encode, eos = demo_tokenizer.encode, [demo_tokenizer.eos]
-    parts = [
+    parts: list[tuple[Any, bool]] = [
         ([demo_tokenizer.bos], False),
         (encode("You are a helpful assistant. USER: Hello! ASSISTANT:"), False),
         (encode("Good day."), True),

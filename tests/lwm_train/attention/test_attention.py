@@ -7,7 +7,7 @@ The reference below builds its own mask and its own gradients and shares no code
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -178,9 +178,8 @@ def test_bfloat16_stays_within_its_own_error() -> None:
     segment, position = ids_of([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]])
     exact = arrays(4)
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in exact]
-    wanted = dense(
-        *(np.asarray(x, np.float64) for x in rounded[:3]), segment, position, np.asarray(rounded[3], np.float64)
-    )
+    q, k, v, d_out = (np.asarray(x, np.float64) for x in rounded)
+    wanted = dense(q, k, v, segment, position, d_out)
     got = compiled("ring", make_mesh(sp=4))(*rounded[:3], segment, position, rounded[3])
     for name, mine, theirs in zip(("out", "dq", "dk", "dv"), got, wanted, strict=True):
         assert mine.dtype == jnp.bfloat16
@@ -190,7 +189,7 @@ def test_bfloat16_stays_within_its_own_error() -> None:
 
 def test_works_under_scan_and_checkpoint_as_the_model_calls_it() -> None:
     mesh = make_mesh(sp=4)
-    segment, position = ids_of([[300, 600], [20, 30, 1000]])
+    segment, position = (jnp.asarray(x) for x in ids_of([[300, 600], [20, 30, 1000]]))
     q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in arrays(5))
 
     def layers(q: jax.Array, remat: bool) -> jax.Array:
@@ -199,7 +198,7 @@ def test_works_under_scan_and_checkpoint_as_the_model_calls_it() -> None:
 
         return jnp.sum(jax.lax.scan(jax.checkpoint(layer) if remat else layer, q, length=2)[0] ** 2)
 
-    plain, again = (jax.jit(jax.grad(lambda q: layers(q, remat)))(q) for remat in (False, True))
+    plain, again = (jax.jit(jax.grad(partial(layers, remat=remat)))(q) for remat in (False, True))
     assert np.array_equal(plain, again)
 
 

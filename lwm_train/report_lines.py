@@ -1,0 +1,163 @@
+"""The lines of a report: metrics on one axis of steps over all stages, as SVG paths and labels in percent.
+
+metrics.jsonl   {"stage": "short", "step": 1, ...}        a resumed run may write a step twice: the later counts
+                {"stage": "long", "step": 1, ...}
+x               1 2 ... 200 | 201 202 ...                 steps of a stage follow those of the stage before
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+POINTS = 600  # of a line; a longer run is thinned
+Metrics = list[dict[str, Any]]  # the objects of the file, each with `x`
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over the steps of all stages. Places are in percent of the plot: x from the left, y from the top.
+
+    lines: (name, style, SVG path). ticks: (place, label). marks: (x, y, label). levels: (y, label).
+    borders: (x, stage that begins there).
+    """
+
+    lines: list[tuple[str, str, str]]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    marks: list[tuple[float, float, str]]
+    levels: list[tuple[float, str]]
+    borders: list[tuple[float, str]]
+
+
+def read_metrics(path: Path) -> Metrics:
+    """The steps in order, each with `x`, its number over all stages."""
+    steps: dict[tuple[str, int], dict[str, Any]] = {}
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                step = json.loads(line)
+                steps[step["stage"], step["step"]] = step
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):  # the last line of a run that was killed may be cut
+                raise ValueError(f"{path}:{number}: not a line of metrics: {error!r}") from error
+    stages = list(dict.fromkeys(stage for stage, _ in steps))
+    ordered = sorted(steps.values(), key=lambda step: (stages.index(step["stage"]), step["step"]))
+    first, before = 0, ""
+    for i, step in enumerate(ordered):
+        if step["stage"] != before:
+            first, before = (ordered[i - 1]["x"] if i else 0), step["stage"]
+        step["x"] = first + step["step"]
+    return ordered
+
+
+def loss_chart(
+    metrics: Metrics, heldout_points: Sequence[tuple[str, int, float]], levels: Sequence[tuple[str, float]]
+) -> Chart | None:
+    """Training loss by step, held-out points (stage, step, loss), and level lines (name, loss)."""
+    text, weighted, vision = (_points(metrics, key) for key in ("text_loss", "loss", "vision_loss"))
+    starts = {stage: x for x, stage in _stage_starts(metrics)}
+    marks = [(float(starts.get(stage, 0) + step), loss, f"{loss:.3f}") for stage, step, loss in heldout_points]
+    lines = [("each step", "raw", text), ("text loss per token, smoothed", "main", _smooth(metrics, "text_loss"))]
+    if any(abs(a[1] - b[1]) > 1e-6 for a, b in zip(weighted, text, strict=False)):
+        lines.append(("weighted loss, which is minimised", "second", _smooth(metrics, "loss")))
+    if vision:
+        lines.append(("vision loss per code", "third", _smooth(metrics, "vision_loss")))
+    return _chart(metrics, lines, marks, [(loss, f"{name} {loss:.3f}") for name, loss in levels], 7)
+
+
+def rate_chart(metrics: Metrics) -> Chart | None:
+    """The learning rate by step."""
+    return _chart(metrics, [("learning rate", "main", _points(metrics, "lr"))], [], [(0.0, "")], 2)
+
+
+def median_speed(metrics: Metrics) -> float | None:
+    """Tokens a second of the median step."""
+    speeds = [y for _, y in _points(metrics, "tokens_per_s")]
+    return float(np.median(speeds)) if speeds else None
+
+
+def _chart(
+    metrics: Metrics,
+    lines: list[tuple[str, str, Points]],
+    marks: list[tuple[float, float, str]],
+    levels: list[tuple[float, str]],
+    num_ticks: int,
+) -> Chart | None:
+    """None where there is nothing to draw."""
+    heights = [y for _, _, points in lines for _, y in points]
+    if not heights:
+        return None
+    heights += [y for _, y, _ in marks] + [y for y, _ in levels]
+    low, high = min(heights), max(heights)
+    low, high = (low - 0.04 * (high - low), high + 0.04 * (high - low)) if high > low else (low - 1, high + 1)
+    x_max = max([step["x"] for step in metrics] + [x for x, _, _ in marks] + [1])
+
+    def x_at(x: float) -> float:
+        return round(100 * x / x_max, 3)
+
+    def y_at(y: float) -> float:
+        return round(100 * (high - y) / (high - low), 3)
+
+    return Chart(
+        lines=[
+            (name, style, "M" + "L".join(f"{x_at(x)} {y_at(y)}" for x, y in _thin(points)))
+            for name, style, points in lines
+            if points
+        ],
+        x_ticks=[(x_at(x), f"{x:,.0f}") for x in _ticks(0, x_max, 5)],
+        y_ticks=[(y_at(y), f"{y:g}") for y in _ticks(low, high, num_ticks)],
+        marks=[(x_at(x), y_at(y), label) for x, y, label in marks],
+        levels=[(y_at(y), label) for y, label in levels if label],
+        borders=[(x_at(x), stage) for x, stage in _stage_starts(metrics)],
+    )
+
+
+def _points(metrics: Metrics, key: str) -> Points:
+    values = ((step["x"], step.get(key)) for step in metrics)
+    return [(x, float(value)) for x, value in values if value is not None and math.isfinite(value)]
+
+
+def _smooth(metrics: Metrics, key: str) -> Points:
+    """A running mean over about a hundredth of the steps, anew in each stage."""
+    keep = 1 - 1 / max(1.0, len(metrics) / 100)
+    smooth: Points = []
+    stage, total, weight = "", 0.0, 0.0
+    for step in metrics:
+        if step["stage"] != stage:
+            stage, total, weight = step["stage"], 0.0, 0.0
+        value = step.get(key)
+        if value is not None and math.isfinite(value):
+            total, weight = keep * total + value, keep * weight + 1
+            smooth.append((step["x"], total / weight))
+    return smooth
+
+
+def _thin(points: Points) -> Points:
+    every = -(-len(points) // POINTS)
+    return points[::every] + points[-1:] * bool((len(points) - 1) % every)
+
+
+def _stage_starts(metrics: Metrics) -> list[tuple[int, str]]:
+    """(steps before it, name) of every stage."""
+    starts: list[tuple[int, str]] = []
+    for step in metrics:
+        if not starts or starts[-1][1] != step["stage"]:
+            starts.append((step["x"] - step["step"], step["stage"]))
+    return starts
+
+
+def _ticks(low: float, high: float, wanted: int) -> list[float]:
+    """Round numbers between low and high, about `wanted` of them."""
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
+    return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]

@@ -1,0 +1,188 @@
+"""lwm-train run through its command line: exact resume after kills, and what wrong input is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from lwm_data.terminal import run_app
+from lwm_train.checkpoint import restore_params
+from lwm_train.cli import app
+from lwm_train.config import MeshSpec
+from lwm_train.mesh import make_mesh
+
+STEPS = 30
+
+
+@pytest.fixture
+def train_manifest(project: Callable[..., Path]) -> Callable[..., Path]:
+    """train_manifest(key=value, ...) builds a small dataset and writes `train.yaml` beside it."""
+
+    def make(name: str = "project", **keys: Any) -> Path:
+        from lwm_data.build import build
+
+        dataset = project(name)
+        build(dataset, (), 1)
+        manifest = {
+            "kind": "train",
+            "name": "small",
+            "out": "run",
+            "model": {"preset": "tiny"},
+            "precision": "fp32",
+            "data": [{"dataset": "out"}],
+            "batch_rows": 2,
+            "steps": STEPS,
+            "mesh": {"sp": 2},
+            "optimizer": {"lr": 1e-3, "warmup": 2},
+            "checkpoint": {"every": 5, "keep": 2},
+        } | keys
+        path = dataset.parent / "train.yaml"
+        path.write_text(json.dumps(manifest), encoding="utf-8")
+        return path
+
+    return make
+
+
+def start(*args: object) -> subprocess.Popen[str]:
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "lwm_train.cli", *map(str, args)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def params_of(run: Path) -> list[np.ndarray]:
+    params, step = restore_params(run, make_mesh(MeshSpec(), jax.devices()[:1]))
+    assert step == STEPS
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+
+
+def steps_logged(run: Path) -> list[int]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_killed_run_resumed_has_the_parameters_of_an_undisturbed_one_bit_for_bit(
+    train_manifest: Callable[..., Path],
+) -> None:
+    manifest = train_manifest()
+    straight = start("run", manifest, "--set", "out=straight")
+    _, errors = straight.communicate(timeout=200)
+    assert straight.returncode == 0, errors
+    run = manifest.parent / "run"
+    # SIGKILL once while steps run past a checkpoint, then SIGTERM, then to the end.
+    for number, after in ((signal.SIGKILL, 7), (signal.SIGTERM, 12)):
+        process = start("run", manifest)
+        deadline = time.monotonic() + 150
+        while len(steps_logged(run)) < after and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL), errors
+        assert steps_logged(run)[-1] < STEPS, "the signal came too late to test anything"
+    last = start("run", manifest)
+    _, errors = last.communicate(timeout=200)
+    assert last.returncode == 0, errors
+    assert steps_logged(run) == list(range(1, STEPS + 1))
+    for a, b in zip(params_of(run), params_of(manifest.parent / "straight"), strict=True):
+        np.testing.assert_array_equal(a, b)
+    losses = [
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, manifest.parent / "straight")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_ctrl_c_saves_and_exits_130(train_manifest: Callable[..., Path]) -> None:
+    manifest = train_manifest(steps=2000, checkpoint={"every": 2000, "keep": 1})
+    process = start("run", manifest)
+    run = manifest.parent / "run"
+    deadline = time.monotonic() + 150
+    while len(steps_logged(run)) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    saved = int(re.search(r"stopped by SIGINT, saved at step (\d+)", out)[1])  # type: ignore[index]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [str(saved)]
+    assert steps_logged(run)[-1] == saved
+
+
+def told(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """What the command says on stderr; it must end with exit code 2 and without a traceback."""
+    capsys.readouterr()
+    assert run_app(app, [str(arg) for arg in args]) == 2
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    return errors
+
+
+def test_wrong_manifests_are_told_by_file_line_key_got_and_wanted(
+    train_manifest: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = train_manifest()
+    for override, wanted in [
+        ("stepps=3", r"stepps: unknown key; wanted one of: .*steps.*did you mean `steps`"),
+        ("optimizer.lrr=1", r"optimizer\.lrr: unknown key; .*did you mean `lr`"),
+        ("steps=0", r"steps: got 0; wanted greater than or equal to 1"),
+        ("model.preset=8b", r"model\.preset: got '8b'; wanted 'tiny', 'demo'"),
+        ("data.0.dataset=nowhere", r"nowhere: no index\.json: not a dataset"),
+        ("mesh.sp=3", r"mesh: sp: got 3; rows of 256 tokens"),
+        ("mesh.sp=64", r"mesh: .*sp 64 = 64 devices; there are"),
+        ("mesh.dp=4", r"batch_rows: got 2; wanted a multiple of dp x fsdp = 4"),
+        ("steps", r"--set steps: wanted key=value"),
+    ]:
+        assert re.search(wanted, told(capsys, "run", manifest, "--set", override)), override
+    assert re.search(r"nothing\.yaml: no such manifest", told(capsys, "run", manifest.parent / "nothing.yaml"))
+
+
+def test_a_truncated_shard_ends_training_with_its_name(
+    train_manifest: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = train_manifest()
+    shard = manifest.parent / "out" / "shard-000000.tar"
+    shard.write_bytes(shard.read_bytes()[:-700])
+    assert re.search(r"shard-000000\.tar: .* bytes, the index says .*build again", told(capsys, "run", manifest))
+
+
+def test_a_model_is_not_trained_on_from_data_of_another_tokenizer(
+    train_manifest: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lwm_data.build import build
+    from lwm_data.text_training import train_text_tokenizer
+
+    manifest = train_manifest(steps=2)
+    assert run_app(app, ["run", str(manifest)]) == 0
+    folder = manifest.parent
+    train_text_tokenizer([str(folder / "books" / "*.txt")], 400, folder / "other.yaml")
+    build(folder / "dataset.yaml", ("text_tokenizer=other.yaml", "out=other-out", "max_rejected=1"), 1)
+    errors = told(
+        capsys, "run", manifest, "--set", "out=run2", "--set", "init={run: run}", "--set", "data.0.dataset=other-out"
+    )
+    assert re.search(r"init: .*run: its model was trained with tokenizer \w{12}, the data are built with \w{12}", errors)
+    both = told(capsys, "run", manifest, "--set", "data=[{dataset: out}, {dataset: other-out}]", "--set", "out=run3")
+    assert re.search(r"other-out: built with tokenizer \w{12}.*a model has one", both)
+
+
+def test_a_run_folder_refuses_another_run_and_shows_the_difference(
+    train_manifest: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = train_manifest(steps=2)
+    assert run_app(app, ["run", str(manifest)]) == 0
+    errors = told(capsys, "run", manifest, "--set", "optimizer.lr=0.5", "--set", "seed=9")
+    assert re.search(r"seed: was 0, is 9", errors)
+    assert re.search(r"optimizer: was .*0\.001.* is .*0\.5", errors)
+    shutil.rmtree(manifest.parent / "run" / "checkpoints")
+    assert run_app(app, ["run", str(manifest), "--set", "seed=9"]) == 0
