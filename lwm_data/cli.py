@@ -136,6 +136,7 @@ def train_text(
     files: Annotated[list[str], typer.Argument(metavar="FILES", help="Globs of text files and chats (.jsonl).")],
     vocab_size: Annotated[int, typer.Option(help="Pieces, 259 or more.")] = 2048,
     out: Annotated[Path, typer.Option(help="The spec to write; the model goes beside it.")] = Path("tokenizer.yaml"),
+    needles: Annotated[int, typer.Option(min=0, help="Needle questions to learn from as well.")] = 0,
 ) -> None:
     """Train a SentencePiece BPE tokenizer that gives back every text exactly.
 
@@ -143,7 +144,7 @@ def train_text(
     """
     from lwm_data.text_training import train_text_tokenizer
 
-    tokenizer = train_text_tokenizer(files, vocab_size, out)
+    tokenizer = train_text_tokenizer(files, vocab_size, out, needles)
     print(f"{out}: {tokenizer.vocab_size:,} pieces")
 
 

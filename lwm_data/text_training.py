@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
+import random
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from pathlib import Path
 import sentencepiece
 
 from lwm_data.engine import whole_file
+from lwm_data.format.prompt import CITIES, NEEDLE_DIGITS, needle, needle_answer, needle_prompt
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
 from lwm_data.sources.chats import MAX_LINE
 from lwm_data.sources.files import InputFile, find_files, open_unpacked, read_text
@@ -23,8 +26,13 @@ from lwm_data.sources.files import InputFile, find_files, open_unpacked, read_te
 MAX_SENTENCE = 4096  # bytes; the trainer leaves longer lines out, so they are cut at blanks
 
 
-def train_text_tokenizer(patterns: Sequence[str], vocab_size: int, out: Path) -> TextTokenizer:
+def train_text_tokenizer(
+    patterns: Sequence[str], vocab_size: int, out: Path, num_needles: int = 0
+) -> TextTokenizer:
     """Train on the files of the globs `patterns`; write `out` (.yaml) and the model beside it (.model).
+
+    num_needles: questions and answers of needle retrieval to learn from as well, so that a small vocabulary has
+    pieces for their words (a model of 2,048 pieces spells `Amsterdam` in five otherwise).
 
     .jsonl files are chats, all others text. The same files give the same bytes. ValueError for a file that cannot be
     read and for a vocabulary that the text is too small for.
@@ -35,7 +43,7 @@ def train_text_tokenizer(patterns: Sequence[str], vocab_size: int, out: Path) ->
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(files),
+            sentence_iterator=itertools.chain(_sentences(files), _needle_lines(num_needles)),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -59,6 +67,7 @@ def train_text_tokenizer(patterns: Sequence[str], vocab_size: int, out: Path) ->
     with whole_file(out.with_suffix(".model")) as file:
         file.write(model.getvalue())
     command = ["lwm-data", "tokenizer", "train-text", *patterns, "--vocab-size", str(vocab_size), "--out", str(out)]
+    command += ["--needles", str(num_needles)] if num_needles else []
     with whole_file(out) as file:
         file.write(
             f"# {shlex.join(command)}\n"
@@ -80,6 +89,14 @@ def _sentences(files: Sequence[InputFile]) -> Iterator[str]:
                     line = line[cut:]
                 if line.strip():
                     yield line
+
+
+def _needle_lines(count: int) -> Iterator[str]:
+    rng = random.Random(0)
+    for i in range(count):
+        city, number = CITIES[i % len(CITIES)], rng.randrange(10 ** (NEEDLE_DIGITS - 1), 10**NEEDLE_DIGITS)
+        yield needle(city, number).strip()
+        yield f"{needle_prompt('', [city])} {needle_answer([(city, number)])}"
 
 
 def _texts(file: InputFile) -> Iterator[str]:

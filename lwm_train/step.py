@@ -39,19 +39,28 @@ class StepReport:
 
 
 def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """A fresh state, made where it will lie."""
+    """A fresh state, made where it will lie: moments like their parameter, counters everywhere."""
 
     def make() -> TrainState:
         params = init_params(config, jax.random.key(seed))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make), mesh))()
+    shapes = jax.eval_shape(make)
+    params = tree_shardings(mesh, LOGICAL_AXES, shapes.params)
+    state_tree: Any = TrainState
+    opt_state = _like_params(shapes.opt_state, params, sharding(mesh))
+    return jax.jit(make, out_shardings=state_tree(sharding(mesh), params, opt_state))()
 
 
-def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Where each leaf of the state lies: moments like their parameter, counters everywhere."""
-    params = tree_shardings(mesh, LOGICAL_AXES, state.params)
-    return TrainState(sharding(mesh), params, _opt_shardings(state, params, mesh))
+def _like_params(opt_state: Any, params: Params, elsewhere: Any) -> Any:
+    """For each leaf of the optimizer's state, the value of the parameter whose path its own path ends with."""
+    values = {jax.tree_util.keystr(path): value for path, value in jax.tree.leaves_with_path(params)}
+
+    def one(path: tuple[Any, ...], _: Any) -> Any:
+        ends = (jax.tree_util.keystr(path[n:]) for n in range(len(path)))
+        return next((values[end] for end in ends if end in values), elsewhere)
+
+    return jax.tree.map_with_path(one, opt_state)
 
 
 def make_train_step(
@@ -85,13 +94,3 @@ def make_eval_step(config: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch],
         return loss_and_sums(hidden, params.text_head, params.vision_head, batch, None, mesh)[1]
 
     return eval_step
-
-
-def _opt_shardings(state: TrainState, params: Params, mesh: Mesh) -> Any:
-    """The optimizer's state: every subtree shaped like the parameters lies as they do."""
-    tree = jax.tree.structure(state.params)
-    return jax.tree.map(
-        lambda part: params if jax.tree.structure(part) == tree else sharding(mesh),
-        state.opt_state,
-        is_leaf=lambda part: jax.tree.structure(part) == tree,
-    )

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
@@ -214,9 +215,9 @@ class _LocalRanges:
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when the program ends
         if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+            close(self._descriptor)
 
     def __call__(self, start: int, stop: int) -> bytes:
         data = os.pread(self._descriptor, stop - start, start)

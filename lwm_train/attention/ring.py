@@ -6,7 +6,7 @@ Four devices; column = hop, entry = whose keys are there. Device d holds block (
     device 0    0   3   2   1        forward:  N - 1 sends of (k, v, ids); block h + 1 is sent while h is computed
     device 1    1   0   3   2        backward: the same, and the gradients of the travelling block go with it,
     device 2    2   1   0   3                  one send behind, and then straight home; a device's own block is
-    device 3    3   2   1   0                  computed last, while they travel
+    device 3    3   2   1   0                  computed last
 
 Before the first hop all devices agree on the last hop that any of them needs (from the ranges of the tiles, a few
 numbers per tile): later hops are neither computed nor sent. A hop that this device does not need, but another

@@ -54,7 +54,7 @@ def test_cached_hidden_states_are_those_of_the_full_forward() -> None:
             tokens[i, first[i] :] = rows[i][:length]
         hidden, cache = jax.jit(prefill, static_argnums=(1, 4, 5))(params, config, tokens, first, 20, None)
         step_fn = jax.jit(decode_step, static_argnums=1)
-        assert cache.keys.shape == cache.values.shape == (2, 3, 20, 2, 8)
+        assert cache.keys.shape == cache.values.shape == (2, 3, 2, 20, 8)
         for step in range(5):
             at = [logits[length + step - 1] for logits, length in zip(wanted, lengths, strict=True)]
             np.testing.assert_allclose(hidden @ params.text_head, at, rtol=1e-9, atol=1e-9)

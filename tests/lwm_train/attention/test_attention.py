@@ -170,7 +170,7 @@ def test_grouped_heads_and_odd_lengths_equal_dense_attention(heads: int, key_hea
 
 def test_rows_and_heads_can_be_split_too() -> None:
     segment, position = ids_of([[300, 600], [20, 30, 1000]])
-    for mesh in (make_mesh(dp=2, tp=2, sp=2), make_mesh(fsdp=2, tp=2), None):
+    for mesh in (make_mesh(fsdp=2, tp=2, sp=2), None):
         assert_equals_dense(arrays(3), segment, position, mesh=mesh)
 
 

@@ -18,7 +18,7 @@ SOURCES = {"chat": (600, 1.0), "web": (1000, 1.5), "books": (8000, 1.0)}
 
 
 def lognormal_row(median: float, sigma: float, seed: int, length: int = ROW) -> np.ndarray:
-    lengths = 1 + np.random.default_rng(seed).lognormal(np.log(median), sigma, size=length).astype(int)
+    lengths = 1 + np.random.default_rng(seed).lognormal(np.log(median), sigma, size=length // 50).astype(int)
     return np.repeat(np.arange(1, len(lengths) + 1, dtype=np.int32), lengths)[:length]
 
 

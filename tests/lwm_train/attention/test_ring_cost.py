@@ -42,17 +42,17 @@ def _swap(function, ids, *qkv):  # type: ignore[no-untyped-def]
 
 
 def test_collectives_are_exactly_those_of_the_schedule() -> None:
-    forward = Counter(COLLECTIVE.findall(compile_step(4, 512, backward=False).as_text()))
+    forward = Counter(COLLECTIVE.findall(compile_step(4, 512, backward=False).as_text() or ""))
     # In the loop keys with values, and ids; before it the ranges of the tiles and the number of hops.
     assert forward == {"collective-permute": 2, "all-gather": 1, "all-reduce": 1}
-    both = Counter(COLLECTIVE.findall(compile_step(4, 512, backward=True).as_text()))
+    both = Counter(COLLECTIVE.findall(compile_step(4, 512, backward=True).as_text() or ""))
     # Backward adds: to the first hop (2), in the loop (3), before the last block (1), home from hop 1, 2 or 3 (3).
     assert both == {"collective-permute": 2 + 9, "all-gather": 1, "all-reduce": 1}
 
 
 def test_memory_is_linear_in_the_local_chunk_and_not_in_the_row() -> None:
     temporary = []
-    for num_devices in (2, 4, 8):
+    for num_devices in (4, 8):
         analysis = compile_step(num_devices, 512 * num_devices, backward=True).memory_analysis()
         assert analysis is not None
         temporary.append(analysis.temp_size_in_bytes)
@@ -67,14 +67,18 @@ def test_hops_that_no_device_needs_are_not_sent(document: int, last_hop: int) ->
     segment = (np.arange(512) // document + 1).astype(np.int32)[None]
     position = (np.arange(512) % document).astype(np.int32)[None]
     spec = PartitionSpec(("dp", "fsdp"), "sp")
+
+    def count_hops(segment: jax.Array, position: jax.Array) -> jax.Array:
+        return last_needed_hop("sp", AXES, segment, position)[None]
+
     count = jax.shard_map(
-        lambda s, p: last_needed_hop("sp", AXES, s, p)[None],
+        count_hops,
         mesh=ring_mesh(8),
         in_specs=(spec, spec),
         out_specs=PartitionSpec("sp"),
         check_vma=False,
     )
-    assert set(np.asarray(count(segment, position)).tolist()) == {last_hop}
+    assert set(np.asarray(count(jnp.asarray(segment), jnp.asarray(position))).tolist()) == {last_hop}
 
 
 def test_only_needed_meetings_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
