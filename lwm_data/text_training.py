@@ -26,9 +26,7 @@ from lwm_data.sources.files import InputFile, find_files, open_unpacked, read_te
 MAX_SENTENCE = 4096  # bytes; the trainer leaves longer lines out, so they are cut at blanks
 
 
-def train_text_tokenizer(
-    patterns: Sequence[str], vocab_size: int, out: Path, num_needles: int = 0
-) -> TextTokenizer:
+def train_text_tokenizer(patterns: Sequence[str], vocab_size: int, out: Path, num_needles: int = 0) -> TextTokenizer:
     """Train on the files of the globs `patterns`; write `out` (.yaml) and the model beside it (.model).
 
     num_needles: questions and answers of needle retrieval to learn from as well, so that a small vocabulary has

@@ -1,9 +1,9 @@
 """Checkpoints of a run, by Orbax: asynchronous, atomic, the last `keep` kept.
 
-    RUN/run.json             what the run is: manifest, model, datasets and tokenizer by fingerprint, versions
-    RUN/checkpoints/STEP/    the train state after STEP steps
-    RUN/metrics.jsonl        one line per step
-    RUN/text_tokenizer.*     the tokenizer of the run's text
+RUN/run.json             what the run is: manifest, model, datasets and tokenizer by fingerprint, versions
+RUN/checkpoints/STEP/    the train state after STEP steps
+RUN/metrics.jsonl        one line per step
+RUN/text_tokenizer.*     the tokenizer of the run's text
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ def report(
 
     Example: `lwm-train report runs/demo/long --out runs/demo/report.html`
     """
-    from lwm_train.evaluate.run import report_content
+    from lwm_train.lineage import report_content
     from lwm_train.report import write_report
 
     out = out or run / "report.html"

@@ -1,8 +1,8 @@
 """The manifests of training and evaluation, and the model presets.
 
-    train        one stage: a model, datasets with shares, a mesh, an optimizer
-    curriculum   train manifests in turn, each starting from the one before
-    eval         what to measure of a run: held-out loss, n-gram baselines, needle retrieval, samples
+train        one stage: a model, datasets with shares, a mesh, an optimizer
+curriculum   train manifests in turn, each starting from the one before
+eval         what to measure of a run: held-out loss, n-gram baselines, needle retrieval, samples
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class MeshSpec(ManifestModel):
 
 
 class OptimizerSpec(ManifestModel):
-    name: Literal["adamw", "muon"] = Field(default="adamw", description="muon moves the layers' matrices, adamw the rest")
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon moves the layers' matrices, adamw the rest"
+    )
     lr: float = Field(default=3e-4, gt=0)
     adam_lr: float | None = Field(default=None, gt=0, description="muon: lr of embeddings, heads and norms")
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -134,7 +136,9 @@ class TrainManifest(ManifestModel):
     init: Literal["random"] | InitFromRun = "random"
     model: ModelSpec
     precision: Literal["fp32", "bf16"] = "bf16"
-    remat: Literal["none", "block"] = Field(default="block", description="none keeps all activations: faster, larger")
+    remat: Literal["none", "block"] = Field(
+        default="block", description="none keeps all activations: more memory, slower on CPU"
+    )
     data: tuple[DataSpec, ...] = Field(min_length=1)
     batch_rows: Positive
     steps: Positive

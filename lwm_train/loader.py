@@ -37,7 +37,9 @@ class RowAddress:
     row: int
 
 
-def rows_at(seed: int, step: int, batch_rows: int, num_rows: Sequence[int], shares: Sequence[float]) -> list[RowAddress]:
+def rows_at(
+    seed: int, step: int, batch_rows: int, num_rows: Sequence[int], shares: Sequence[float]
+) -> list[RowAddress]:
     """The rows of batch `step` from datasets of `num_rows` rows, mixed by `shares` (relative to each other).
 
     Over any stretch of steps each dataset gets its share to within one row per dataset before it in the list, and

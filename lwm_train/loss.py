@@ -99,7 +99,9 @@ def _on_mesh(
     head = PartitionSpec(None, "tp")
     tp = mesh.shape["tp"]
     if text_head.shape[1] % tp or vision_head.shape[1] % tp:
-        raise ValueError(f"mesh: tp {tp} does not divide vocabularies of {text_head.shape[1]} and {vision_head.shape[1]}")
+        raise ValueError(
+            f"mesh: tp {tp} does not divide vocabularies of {text_head.shape[1]} and {vision_head.shape[1]}"
+        )
     local = partial(_local, axes=("dp", "fsdp", "sp"), tp=tp, with_gradient=with_gradient)
     out = (PartitionSpec(), PartitionSpec()) + ((tokens, head, head) if with_gradient else ())
     return jax.shard_map(
@@ -147,7 +149,13 @@ def _local(
             ce = jnp.log(partition) + top - picked
             trained = weight > 0
             sums = jnp.stack(
-                [jnp.sum(weight * ce), jnp.sum(trained * ce), jnp.sum(trained, dtype=wide), jnp.sum(trained & (picked >= top), dtype=wide), jnp.sum(coef * ce)]
+                [
+                    jnp.sum(weight * ce),
+                    jnp.sum(trained * ce),
+                    jnp.sum(trained, dtype=wide),
+                    jnp.sum(trained & (picked >= top), dtype=wide),
+                    jnp.sum(coef * ce),
+                ]
             )
             if not with_gradient:
                 return sums, jnp.zeros_like(h), d_head

@@ -1,9 +1,9 @@
 """The device mesh, and which axis of it each array axis is spread over.
 
-    dp     rows of a batch
-    fsdp   rows of a batch; also parameters and optimizer state, gathered where they are used
-    tp     attention heads, the MLP's width, the vocabulary
-    sp     tokens of a row: the ring
+dp     rows of a batch
+fsdp   rows of a batch; also parameters and optimizer state, gathered where they are used
+tp     attention heads, the MLP's width, the vocabulary
+sp     tokens of a row: the ring
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "batch": ("dp", "fsdp"),
     "length": "sp",
     "layer": None,
-    "dim": ("fsdp", "sp"),
+    "dim": "fsdp",
     "heads": "tp",
     "ffn": "tp",
     "vocab": "tp",
@@ -48,7 +48,9 @@ def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Me
         devices = devices[:known]
     if math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise ValueError(f"mesh: {wanted} = {math.prod(sizes)} devices; there are {len(devices)} ({devices[0].platform})")
+        raise ValueError(
+            f"mesh: {wanted} = {math.prod(sizes)} devices; there are {len(devices)} ({devices[0].platform})"
+        )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
 

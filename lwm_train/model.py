@@ -176,9 +176,7 @@ def project_qkv(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q_BLHE, k_BLKE (both rotated) and v_BLKE of one layer."""
     h_BLD = rms_norm(x_BLD, layer.attention_norm, config.norm_eps)
-    q, k, v = (
-        linear(h_BLD, w).reshape(*h_BLD.shape[:2], -1, config.head_dim) for w in (layer.wq, layer.wk, layer.wv)
-    )
+    q, k, v = (linear(h_BLD, w).reshape(*h_BLD.shape[:2], -1, config.head_dim) for w in (layer.wq, layer.wk, layer.wv))
     return rotate(q, rotation), rotate(k, rotation), v
 
 

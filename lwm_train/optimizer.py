@@ -1,8 +1,8 @@
 """The optimizer of a manifest, from optax.
 
-    adamw   every parameter; norms do not decay
-    muon    the layers' matrices by momentum made orthogonal (Newton-Schulz), which learns from fewer tokens;
-            embeddings, heads and norms by AdamW with a rate of their own
+adamw   every parameter; norms do not decay
+muon    the layers' matrices by momentum made orthogonal (Newton-Schulz), which learns from fewer tokens;
+        embeddings, heads and norms by AdamW with a rate of their own
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def make_optimizer(spec: OptimizerSpec, steps: int) -> optax.GradientTransformat
 
 
 def _adamw(spec: OptimizerSpec, lr: float, steps: int) -> optax.GradientTransformation:
-    return optax.adamw(
-        _schedule(spec, lr, steps), b1=spec.b1, b2=spec.b2, weight_decay=spec.weight_decay, mask=_decays
-    )
+    return optax.adamw(_schedule(spec, lr, steps), b1=spec.b1, b2=spec.b2, weight_decay=spec.weight_decay, mask=_decays)
 
 
 def _schedule(spec: OptimizerSpec, lr: float, steps: int) -> optax.Schedule:

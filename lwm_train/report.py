@@ -66,8 +66,8 @@ class ReportContent:
     """All that a report shows; a part that was not measured is None or empty and leaves no trace.
 
     facts: further lines of the header, name -> value (device, version, date).
-    metrics: JSON lines, one object a step: stage, step, loss, text_loss, vision_loss, lr, tokens_per_s and others.
-        Where a resumed run wrote a step twice, the later line counts.
+    metrics: files of JSON lines, oldest stage first; one object a step: stage, step, loss, text_loss, vision_loss, lr,
+        tokens_per_s and others. Where a resumed run wrote a step twice, the later line counts.
     datasets: role ("trained on", "held out") -> datasets.
     unigram_loss, bigram_loss: nats per token on the dataset of `heldout`.
     """
@@ -75,7 +75,7 @@ class ReportContent:
     title: str
     facts: Mapping[str, str]
     stages: tuple[StageFacts, ...]
-    metrics: Path
+    metrics: tuple[Path, ...]
     datasets: Mapping[str, tuple[Dataset, ...]]
     heldout_points: tuple[HeldoutPoint, ...] = ()
     heldout: HeldoutLoss | None = None
@@ -87,7 +87,7 @@ class ReportContent:
 
 def write_report(path: Path, content: ReportContent) -> None:
     """Write the page to `path`, whole or not at all. ValueError where the metrics or a dataset cannot be read."""
-    metrics = read_metrics(content.metrics)
+    metrics = read_metrics(*content.metrics)
     heldout_points = [(point.stage, point.step, point.loss) for point in content.heldout_points]
     baselines = (("unigram", content.unigram_loss), ("bigram", content.bigram_loss))
     levels = [(name, loss) for name, loss in baselines if loss is not None]

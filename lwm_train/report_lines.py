@@ -37,26 +37,28 @@ class Chart:
     borders: list[tuple[float, str]]
 
 
-def read_metrics(path: Path) -> Metrics:
-    """The steps in order, each with `x`, its number over all stages."""
-    steps: dict[tuple[str, int], dict[str, Any]] = {}
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.strip():
-                step = json.loads(line)
-                steps[step["stage"], step["step"]] = step
-        except (ValueError, KeyError, TypeError) as error:
-            if number < len(lines):  # the last line of a run that was killed may be cut
-                raise ValueError(f"{path}:{number}: not a line of metrics: {error!r}") from error
-    stages = list(dict.fromkeys(stage for stage, _ in steps))
-    ordered = sorted(steps.values(), key=lambda step: (stages.index(step["stage"]), step["step"]))
-    first, before = 0, ""
-    for i, step in enumerate(ordered):
-        if step["stage"] != before:
-            first, before = (ordered[i - 1]["x"] if i else 0), step["stage"]
-        step["x"] = first + step["step"]
-    return ordered
+def read_metrics(*paths: Path) -> Metrics:
+    """The steps of the files in turn, each with `x`, its number over all stages; two files share no stage."""
+    steps: dict[tuple[int, str, int], dict[str, Any]] = {}
+    for file_number, path in enumerate(paths):
+        lines = path.read_text(encoding="utf-8").split("\n")
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.strip():
+                    step = json.loads(line)
+                    steps[file_number, step["stage"], step["step"]] = step
+            except (ValueError, KeyError, TypeError) as error:
+                if number < len(lines):  # the last line of a run that was killed may be cut
+                    raise ValueError(f"{path}:{number}: not a line of metrics: {error!r}") from error
+    stages = list(dict.fromkeys((file_number, stage) for file_number, stage, _ in steps))
+    ordered = sorted(steps.items(), key=lambda item: (stages.index(item[0][:2]), item[0][2]))
+    first, last = 0, 0
+    before: tuple[int, str] | None = None
+    for key, step in ordered:
+        if key[:2] != before:
+            first, before = last, key[:2]
+        step["x"] = last = first + step["step"]
+    return [step for _, step in ordered]
 
 
 def loss_chart(
@@ -130,10 +132,10 @@ def _smooth(metrics: Metrics, key: str) -> Points:
     """A running mean over about a hundredth of the steps, anew in each stage."""
     keep = 1 - 1 / max(1.0, len(metrics) / 100)
     smooth: Points = []
-    stage, total, weight = "", 0.0, 0.0
+    first, total, weight = 0, 0.0, 0.0
     for step in metrics:
-        if step["stage"] != stage:
-            stage, total, weight = step["stage"], 0.0, 0.0
+        if step["x"] - step["step"] != first:
+            first, total, weight = step["x"] - step["step"], 0.0, 0.0
         value = step.get(key)
         if value is not None and math.isfinite(value):
             total, weight = keep * total + value, keep * weight + 1
@@ -150,8 +152,9 @@ def _stage_starts(metrics: Metrics) -> list[tuple[int, str]]:
     """(steps before it, name) of every stage."""
     starts: list[tuple[int, str]] = []
     for step in metrics:
-        if not starts or starts[-1][1] != step["stage"]:
-            starts.append((step["x"] - step["step"], step["stage"]))
+        start = (step["x"] - step["step"], step["stage"])
+        if not starts or starts[-1] != start:
+            starts.append(start)
     return starts
 
 

@@ -69,9 +69,7 @@ def make_train_step(
     """The compiled step; the state given to it is donated."""
 
     def loss_fn(params: Params, batch: Batch) -> tuple[jax.Array, ModalitySums]:
-        hidden = forward(
-            params, config, batch.tokens, batch.vision_mask, batch.segment_ids, batch.position_ids, mesh
-        )
+        hidden = forward(params, config, batch.tokens, batch.vision_mask, batch.segment_ids, batch.position_ids, mesh)
         return loss_and_sums(hidden, params.text_head, params.vision_head, batch, shares, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepReport]:
@@ -88,9 +86,7 @@ def make_eval_step(config: ModelConfig, mesh: Mesh) -> Callable[[Params, Batch],
 
     @jax.jit
     def eval_step(params: Params, batch: Batch) -> ModalitySums:
-        hidden = forward(
-            params, config, batch.tokens, batch.vision_mask, batch.segment_ids, batch.position_ids, mesh
-        )
+        hidden = forward(params, config, batch.tokens, batch.vision_mask, batch.segment_ids, batch.position_ids, mesh)
         return loss_and_sums(hidden, params.text_head, params.vision_head, batch, None, mesh)[1]
 
     return eval_step

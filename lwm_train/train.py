@@ -69,7 +69,7 @@ def _train_stage(manifest: TrainManifest, allow: Sequence[str], asked: list[str]
     _check_fits(manifest, datasets, mesh)
     optimizer = make_optimizer(manifest.optimizer, manifest.steps)
     run.mkdir(parents=True, exist_ok=True)
-    write_run_file(run, content)
+    write_run_file(run, content | {"mesh": dict(mesh.shape), "device": mesh.devices.flat[0].device_kind})
     tokenizer.save(run)
 
     begin = time.monotonic()
@@ -112,7 +112,7 @@ class _Log:
         self._tokens = 0
 
     def __enter__(self) -> _Log:
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        self._file = open(self._path, "a", encoding="utf-8")
         self._begin = self._last = time.monotonic()
         return self
 
@@ -151,7 +151,6 @@ class _Log:
         self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
         self._tokens += tokens
         return f"loss {self.loss:.3f}, {self._tokens / (now - self._begin):,.0f} tokens/s"
-
 
 
 def _shared_tokenizer(manifest: TrainManifest, datasets: Sequence[Dataset]) -> Any:
@@ -210,8 +209,8 @@ def _check_unchanged(run: Path, content: dict[str, Any], allow: Sequence[str]) -
         changes.append(f"datasets: their rows changed ({fingerprints[0]} -> {fingerprints[1]})")
     if changes:
         raise ValueError(
-            f"{run}: its checkpoints are of another run:\n  " + "\n  ".join(changes) + "\nset another `out`, remove the "
-            "folder, or say --allow KEY to go on with the change"
+            "\n  ".join([f"{run}: its checkpoints are of another run:", *changes])
+            + "\nset another `out`, remove the folder, or say --allow KEY to go on with the change"
         )
 
 
@@ -224,7 +223,11 @@ def _initial_params(init: InitFromRun, config: ModelConfig, content: dict[str, A
             f"are built with {content['tokenizer_fingerprint'][:12]}; build them with the model's tokenizer"
         )
     sizes = {key: value for key, value in asdict(config).items() if key not in ("rope_theta", "dtype", "remat")}
-    changes = [f"{key}: was {before['model'].get(key)}, is {value}" for key, value in sizes.items() if before["model"].get(key) != value]
+    changes = [
+        f"{key}: was {before['model'].get(key)}, is {value}"
+        for key, value in sizes.items()
+        if before["model"].get(key) != value
+    ]
     if changes:
         raise ValueError(f"init: {init.run}: another model: {'; '.join(changes)}")
     params, step = restore_params(init.run, mesh)

@@ -1,13 +1,18 @@
-"""Every command that README.md and docs/ show exists, and every manifest it names does too."""
+"""Every command that README.md and docs/ show exists, and every file that they name does too; their Python runs."""
 
 import re
 import shlex
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
+
+from lwm_data.format.dataset import open_dataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -15,10 +20,14 @@ CLIS = {"lwm-data": "lwm_data.cli", "lwm-train": "lwm_train.cli"}
 ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 
 
+def fenced(markdown: str, language: str) -> list[str]:
+    """The blocks of `markdown` that are fenced as `language`."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL)
+
+
 def shell_lines(markdown: str) -> list[str]:
     """Command lines of the fenced `sh` blocks; lines that end in a backslash are joined, comments dropped."""
-    blocks = re.findall(r"^```sh\n(.*?)^```$", markdown, flags=re.MULTILINE | re.DOTALL)
-    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    lines = "".join(fenced(markdown, "sh")).replace("\\\n", " ").splitlines()
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
@@ -71,4 +80,32 @@ def test_every_make_target_shown_exists(page: str, line: str) -> None:
 
 @pytest.mark.parametrize(("page", "path"), PATHS)
 def test_every_manifest_shown_exists(page: str, path: str) -> None:
-    assert (ROOT / path).exists(), f"{page} names {path}"
+    assert any(ROOT.glob(path)), f"{page} names {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_pages_python_reads_the_rows_of_a_dataset(
+    project: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks that need webdataset or datasets are left to tests/lwm_data/test_shards.py."""
+    from lwm_data.build import build
+
+    manifest = project(out="runs/demo/short")
+    build(manifest)
+    monkeypatch.chdir(manifest.parent)
+    for page in PAGES:
+        found: dict[str, Any] = {}
+        for code in fenced(page.read_text(), "python"):
+            if "import webdataset" not in code and "import datasets" not in code:
+                exec(code, found)
+        if page.name == "format.md":
+            arrays = open_dataset("runs/demo/short")[5]
+            assert arrays["segment_ids"].max() > 0
+            for name, array in arrays.items():
+                np.testing.assert_array_equal(found[name], array, err_msg=name)
+            np.testing.assert_array_equal(found["tokens_100_to_164"], arrays["tokens"][100:164])

@@ -11,6 +11,10 @@ Needle retrieval, after the release's `scripts/eval_needle.py`: a fact is plante
 
 from __future__ import annotations
 
+import bisect
+import re
+from collections.abc import Sequence
+
 import numpy as np
 
 from lwm_data.format.example import Run, text_runs
@@ -18,6 +22,7 @@ from lwm_data.format.vocab import TextTokenizer
 
 SYSTEM = "You are a helpful assistant."
 NEEDLE_DIGITS = 7  # numbers are uniform in 1000000..9999999
+BORDER = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")  # ends of sentences and lines
 
 # Cities of the needle task: well known, and each one once (the release's list of 100 has 69 distinct names).
 _CITIES = (
@@ -33,6 +38,22 @@ CITIES = tuple(_CITIES.split())
 def needle(city: str, number: int) -> str:
     """The planted fact."""
     return f"\nThe special magic {city} number is: {number}\n"
+
+
+def plant(text: str, facts: Sequence[str], depths: Sequence[float]) -> str:
+    """`text` with each of `facts` at the border of a sentence or a line that is nearest to its depth (0 to 1)."""
+    borders = [0, *(match.end() for match in BORDER.finditer(text)), len(text)]
+    nearest = [borders[_nearest(borders, depth * len(text))] for depth in depths]
+    for place, fact_number in sorted(zip(nearest, range(len(nearest)), strict=True), reverse=True):
+        text = text[:place] + facts[fact_number] + text[place:]
+    return text
+
+
+def _nearest(borders: list[int], place: float) -> int:
+    after = bisect.bisect_left(borders, place)
+    if after == len(borders) or (after and place - borders[after - 1] <= borders[after] - place):
+        return after - 1
+    return after
 
 
 def needle_question(cities: list[str]) -> str:

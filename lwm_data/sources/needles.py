@@ -11,8 +11,6 @@ be made anywhere.
 
 from __future__ import annotations
 
-import bisect
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +20,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from lwm_data.format.example import text_runs
-from lwm_data.format.prompt import CITIES, NEEDLE_DIGITS, needle, needle_answer, needle_prompt
+from lwm_data.format.prompt import BORDER, CITIES, NEEDLE_DIGITS, needle, needle_answer, needle_prompt, plant
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.manifest import Needles
 from lwm_data.sources.files import InputFile, read_text
@@ -31,7 +29,6 @@ from lwm_data.sources.record import Record, Rejection
 VERSION = 1  # raise it when the same inputs give other tokens
 BLOCK = 256  # examples that are one unit of work
 CHARS_PER_TOKEN = 6  # more than any text needs; a longer stretch is read where it is not enough
-BORDER = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")  # ends of sentences and lines
 
 
 def read_needles(
@@ -45,7 +42,8 @@ def read_needles(
         answer = tokenizer.encode(needle_answer(list(plan.asked)))
 
         def ids_around(text: str, plan: _Plan = plan) -> Int32[np.ndarray, " n"]:
-            return tokenizer.encode(needle_prompt(plan.plant(text), [city for city, _ in plan.asked]))
+            planted = plant(text, [needle(city, number) for city, number in plan.facts], plan.depths)
+            return tokenizer.encode(needle_prompt(planted, [city for city, _ in plan.asked]))
 
         room = target - 2 - len(answer)  # for the prompt, besides BOS and EOS
         spare = room - len(ids_around(""))
@@ -71,14 +69,6 @@ class _Plan:
     depths: tuple[float, ...]
     asked: tuple[tuple[str, int], ...]
 
-    def plant(self, text: str) -> str:
-        """`text` with each fact at the border of a sentence or a line that is nearest to its depth."""
-        borders = [0, *(match.end() for match in BORDER.finditer(text)), len(text)]
-        nearest = [borders[_nearest(borders, depth * len(text))] for depth in self.depths]
-        for place, i in sorted(zip(nearest, range(len(nearest)), strict=True), reverse=True):
-            text = text[:place] + needle(*self.facts[i]) + text[place:]
-        return text
-
 
 def _draw(source: Needles, rng: Random) -> _Plan:
     num_planted = rng.randint(source.needles.min, source.needles.max)
@@ -87,13 +77,6 @@ def _draw(source: Needles, rng: Random) -> _Plan:
     facts = [(city, rng.randrange(10 ** (NEEDLE_DIGITS - 1), 10**NEEDLE_DIGITS)) for city in cities]
     depths = [rng.random() for _ in facts]
     return _Plan(tuple(facts), tuple(depths), tuple(rng.sample(facts, num_asked)))
-
-
-def _nearest(borders: list[int], place: float) -> int:
-    after = bisect.bisect_left(borders, place)
-    if after == len(borders) or (after and place - borders[after - 1] <= borders[after] - place):
-        return after - 1
-    return after
 
 
 def _first_tokens(text: str, num_tokens: int, tokenizer: TextTokenizer) -> str:

@@ -12,7 +12,6 @@ function of (seed, length, depth, round) and of the haystack, so that adding a l
 from __future__ import annotations
 
 import glob
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from random import Random
 import numpy as np
 from jax.sharding import Mesh
 
-from lwm_data.format.prompt import CITIES, NEEDLE_DIGITS, needle, needle_answer, needle_prompt
+from lwm_data.format.prompt import BORDER, CITIES, NEEDLE_DIGITS, needle, needle_answer, needle_prompt, plant
 from lwm_data.format.vocab import TextTokenizer
 from lwm_train.config import ModelConfig, NeedleSpec
 from lwm_train.generate import generate
@@ -31,7 +30,6 @@ CHANCE = 1 / (9 * 10 ** (NEEDLE_DIGITS - 1))  # of guessing a number without rea
 CHARS_PER_TOKEN = 8  # more than any text needs
 SPARE_TOKENS = 8  # of an answer, beyond those of the expected words
 TAIL_CHARS = 400  # of a prompt's end, kept for the report
-BORDER = re.compile(r"(?<=[.!?])[\"'”’)]*\s+|\n+")  # ends of sentences and lines
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def _prompt(
     piece = _piece(haystack, rng, length * CHARS_PER_TOKEN)
 
     def text_of(num_chars: int) -> str:
-        return needle_prompt(_plant(piece[:num_chars], needle(city, number), depth), [city])
+        return needle_prompt(plant(piece[:num_chars], [needle(city, number)], [depth]), [city])
 
     num_chars = _longest_cut(lambda cut: 1 + len(tokenizer.encode(text_of(cut))), length, len(piece))
     text = text_of(num_chars)
@@ -172,13 +170,6 @@ def _piece(haystack: str, rng: Random, num_chars: int) -> str:
     while len(piece) < num_chars:
         piece += "\n\n" + haystack[: num_chars - len(piece)]
     return piece
-
-
-def _plant(text: str, fact: str, depth: float) -> str:
-    """`text` with `fact` at the border of a sentence or line that is nearest to its depth."""
-    borders = [0, *(match.end() for match in BORDER.finditer(text)), len(text)]
-    at = min(borders, key=lambda border: abs(border - depth * len(text)))
-    return text[:at] + fact + text[at:]
 
 
 def _score(tokenizer: TextTokenizer, prompt: NeedlePrompt, out: Sequence[int]) -> NeedleAnswer:

@@ -1,10 +1,11 @@
 """Evaluate a run as an eval manifest says, once: the result is RUN/eval.json.
 
     {"key": ..., "run": ..., "step": 900,
-     "heldout": {...}, "ngram": {"unigram": nats, "bigram": nats}, "needle": {...}, "samples": [...]}
+     "heldout": {...}, "heldout_dataset": PATH, "ngram": {"unigram": nats, "bigram": nats}, "needle": {...},
+     "samples": [...]}
 
-key is a hash of the manifest, the checkpoint's step and the run's own content: with the same key nothing is measured
-again.
+key is a hash of the manifest, of the data that it names, of the checkpoint's step and of the run's own content: with
+the same key nothing is measured again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from lwm_data.terminal import Progress
 from lwm_train.checkpoint import latest_step, read_run_file, restore_params, run_model_config
 from lwm_train.config import EvalManifest, MeshSpec, TrainManifest
 from lwm_train.evaluate.heldout import heldout_loss
-from lwm_train.evaluate.needle import CHANCE, evaluate_needle
+from lwm_train.evaluate.needle import CHANCE, evaluate_needle, read_haystack
 from lwm_train.evaluate.ngram import NgramBaseline
 from lwm_train.generate import generate
 from lwm_train.mesh import make_mesh, request_devices
@@ -40,7 +41,9 @@ def evaluate_run(manifest: EvalManifest) -> dict[str, Any]:
     """Measure what the manifest asks for, or return what is measured already."""
     run = Path(manifest.run)
     content = read_run_file(run)
-    described = [manifest.model_dump_json(), latest_step(run), json.dumps(content, sort_keys=True)]
+    datasets = [open_dataset(path).info.fingerprint for path in (manifest.heldout, manifest.ngram_baselines) if path]
+    haystack = hashlib.sha256(read_haystack(manifest.needle.haystack).encode()).hexdigest() if manifest.needle else None
+    described = [manifest.model_dump_json(), datasets, haystack, latest_step(run), json.dumps(content, sort_keys=True)]
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     path = run / EVAL_FILE
     if path.is_file():
@@ -59,6 +62,7 @@ def evaluate_run(manifest: EvalManifest) -> dict[str, Any]:
         rows *= max(1, HELDOUT_TOKENS // (rows * heldout.info.row_length))
         with Progress("held-out text", len(heldout), "rows") as progress:
             result["heldout"] = asdict(heldout_loss(params, config, heldout, mesh, rows, progress.advance))
+        result["heldout_dataset"] = manifest.heldout
         if manifest.ngram_baselines:
             unigram, bigram = NgramBaseline.fit(open_dataset(manifest.ngram_baselines)).loss(heldout)
             result["ngram"] = {"unigram": unigram, "bigram": bigram}

@@ -171,7 +171,9 @@ def test_a_model_is_not_trained_on_from_data_of_another_tokenizer(
     errors = told(
         capsys, "run", manifest, "--set", "out=run2", "--set", "init={run: run}", "--set", "data.0.dataset=other-out"
     )
-    assert re.search(r"init: .*run: its model was trained with tokenizer \w{12}, the data are built with \w{12}", errors)
+    assert re.search(
+        r"init: .*run: its model was trained with tokenizer \w{12}, the data are built with \w{12}", errors
+    )
     both = told(capsys, "run", manifest, "--set", "data=[{dataset: out}, {dataset: other-out}]", "--set", "out=run3")
     assert re.search(r"other-out: built with tokenizer \w{12}.*a model has one", both)
 

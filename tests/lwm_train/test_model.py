@@ -71,7 +71,9 @@ def test_logits_equal_those_of_hugging_face_llama(kv_heads: int) -> None:
     hidden = forward(params, config, tokens, np.zeros(tokens.shape, bool), ones, positions)
     with torch.no_grad():
         theirs = to_hugging_face(params, config)(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    np.testing.assert_allclose(np.asarray(hidden @ params.text_head), theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
+    np.testing.assert_allclose(
+        np.asarray(hidden @ params.text_head), theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max()
+    )
 
 
 def test_the_7b_preset_has_the_parameters_of_the_release() -> None:

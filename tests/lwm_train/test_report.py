@@ -99,7 +99,7 @@ def content(tmp_path: Path, dataset: Dataset) -> ReportContent:
             StageFacts("short", 60, 30_720, 3_456_789, 4, f"sp 4 {HOSTILE}", 61.4, HOSTILE, f"seed: 0\n{HOSTILE}"),
             StageFacts("long", 30, 15_361, 3_456_789, 4, "sp 4", 33.2, "demo-long", "seed: 1"),
         ),
-        metrics=write_metrics(tmp_path / "metrics.jsonl", {"short": 60, "long": 30}),
+        metrics=(write_metrics(tmp_path / "metrics.jsonl", {"short": 60, "long": 30}),),
         datasets={f"trained on {HOSTILE}": (dataset,)},
         heldout_points=(HeldoutPoint("short", 60, 3.987), HeldoutPoint("long", 30, 3.765)),
         heldout=HeldoutLoss(3.7654, 0.3217, 132_766, 7.8912, 0.0123, 4_567),
@@ -150,7 +150,7 @@ def test_every_number_is_on_the_page(page: str, content: ReportContent, dataset:
 def test_parts_that_were_not_measured_leave_no_trace(tmp_path: Path, content: ReportContent) -> None:
     (tmp_path / "none.jsonl").write_text("")
     bare = replace(
-        content, stages=(), metrics=tmp_path / "none.jsonl", datasets={}, heldout_points=(), heldout=None,
+        content, stages=(), metrics=(tmp_path / "none.jsonl",), datasets={}, heldout_points=(), heldout=None,
         unigram_loss=None, bigram_loss=None, needle=None, samples=(),
     )  # fmt: skip
     write_report(tmp_path / "bare.html", bare)
@@ -174,6 +174,13 @@ def test_stages_follow_each_other_and_the_later_line_of_a_step_counts(tmp_path: 
     assert [(x, label) for x, _, label in chart.marks] == [(100.0, "3.000")]
     places = [float(v) for _, _, path in chart.lines for v in re.findall(r"[\d.]+", path)]
     assert min(places) >= 0 and max(places) <= 100
+
+
+def test_stages_of_one_name_in_two_runs_stay_apart(tmp_path: Path) -> None:
+    metrics = read_metrics(write_metrics(tmp_path / "a.jsonl", {"s": 2}), write_metrics(tmp_path / "b.jsonl", {"s": 2}))
+    assert [(m["step"], m["x"]) for m in metrics] == [(1, 1), (2, 2), (1, 3), (2, 4)]
+    chart = loss_chart(metrics, [], [])
+    assert chart is not None and chart.borders == [(0.0, "s"), (50.0, "s")]
 
 
 def test_a_long_run_is_thinned_and_a_run_of_nan_still_draws(tmp_path: Path) -> None:
