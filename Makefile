@@ -48,8 +48,18 @@ $(STAMP): requirements.lock pyproject.toml
 	fi
 	@touch $@
 
+# Every command below can be typed alone, and does only what is missing.
 demo: setup
-	$(BIN)/lwm-train demo manifests/demo
+	@echo "== 1/4 build: novels, chats and needles to packed rows"
+	@for rows in short medium dataset heldout; do $(BIN)/lwm-data build manifests/demo/$$rows.yaml --workers 2 || exit; done
+	@$(BIN)/lwm-data check runs/demo/dataset
+	@echo "== 2/4 train: three stages, the last with ring attention over 4 simulated devices"
+	@$(BIN)/lwm-train run manifests/demo/train.yaml
+	@echo "== 3/4 evaluate: held-out novels, needles, samples"
+	@$(BIN)/lwm-train eval manifests/demo/eval.yaml
+	@echo "== 4/4 report"
+	@$(BIN)/lwm-train report runs/demo/train-long --out runs/demo/report.html
+	@echo "Open runs/demo/report.html in a browser."
 
 # One shell line per step: make stops at the first that fails.
 test: setup

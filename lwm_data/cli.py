@@ -17,8 +17,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
-    help="Books and chats to packed training rows.\n\nFor instance: `lwm-data build manifests/demo/short.yaml`, then "
-    "`lwm-data show runs/demo/short 0`.",
+    help="Books and chats to packed training rows.\n\nFor instance: `lwm-data build manifests/demo/dataset.yaml`, then "
+    "`lwm-data show runs/demo/dataset 0`.",
 )
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -39,7 +39,7 @@ def build(
 ) -> None:
     """Build a dataset, or go on with a build that was stopped.
 
-    Example: `lwm-data build manifests/demo/short.yaml --set row_length=1024 --workers 2`
+    Example: `lwm-data build manifests/demo/dataset.yaml --set row_length=1024 --workers 2`
 
     Stop it with Ctrl-C whenever you like: the next run goes on where it was, and the bytes come out the same.
     A dataset that is already built is left alone. `lwm-data schema dataset` describes the manifest.
@@ -63,7 +63,7 @@ def build(
 def check(dataset: DatasetFolder, as_json: Json = False) -> None:
     """Check every invariant of a dataset: sizes, hashes, runs, segments, weights, counts.
 
-    Example: `lwm-data check runs/demo/short`
+    Example: `lwm-data check runs/demo/dataset`
 
     Exit code 2 if anything is wrong; each problem names shard, row and token.
     """
@@ -93,7 +93,7 @@ def show(
 ) -> None:
     """Show a dataset, or one of its rows with its segments; trained text is green, prompts are dim.
 
-    Example: `lwm-data show runs/demo/short 0`
+    Example: `lwm-data show runs/demo/dataset 0`
     """
     from lwm_data.format.dataset import open_dataset
     from lwm_data.show import row_text, row_view

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     help="Train, evaluate and sample a Large World Model from packed shards.\n\n"
-    "For instance: `lwm-train run manifests/demo/curriculum.yaml`, then `lwm-train eval manifests/demo/eval.yaml`.",
+    "For instance: `lwm-train run manifests/demo/train.yaml`, then `lwm-train eval manifests/demo/eval.yaml`.",
 )
 
 Sets = Annotated[
@@ -37,7 +38,7 @@ def run(
 ) -> None:
     """Train a manifest's stages, or go on where they were.
 
-    Example: `lwm-train run manifests/demo/curriculum.yaml`
+    Example: `lwm-train run manifests/demo/train.yaml`
 
     Ctrl-C saves a checkpoint and ends (twice: ends at once); the next run goes on from there, bit for bit. A
     finished stage is left alone. On a machine without accelerators the mesh's devices are simulated on the CPU.
@@ -51,7 +52,7 @@ def run(
         if as_json:
             print(json.dumps({"run": str(result.run), "step": result.step, "stopped": result.stopped}))
         else:
-            print(f"{result.run}: {state} at step {result.step}")
+            print(f"{min(os.path.relpath(result.run), str(result.run), key=len)}: {state} at step {result.step}")
     if results[-1].stopped == "SIGINT":
         raise KeyboardInterrupt
 
@@ -86,7 +87,7 @@ def generate(
 ) -> None:
     """Write text with a run's newest checkpoint.
 
-    Example: `lwm-train generate runs/demo/long --prompt "The captain" --tokens 60`
+    Example: `lwm-train generate runs/demo/train-long --prompt "The captain" --tokens 60`
     """
     from lwm_train.evaluate.run import write_text
 
@@ -100,7 +101,7 @@ def report(
 ) -> None:
     """Write one self-contained page: curves, evaluation, rows of the data, samples, what was built from what.
 
-    Example: `lwm-train report runs/demo/long --out runs/demo/report.html`
+    Example: `lwm-train report runs/demo/train-long --out runs/demo/report.html`
     """
     from lwm_train.lineage import report_content
     from lwm_train.report import write_report

@@ -44,7 +44,7 @@ class ModelConfig:
 # dim, ffn_dim, layers, heads, kv heads: 1b to 13b as in the release's lwm/llama.py, 7b is LLaMA-2 7B.
 PRESETS: Mapping[str, tuple[int, int, int, int, int]] = {
     "tiny": (32, 64, 2, 4, 2),
-    "demo": (128, 384, 4, 4, 4),
+    "demo": (128, 384, 3, 4, 4),
     "1b": (2048, 5504, 22, 16, 16),
     "3b": (3200, 8640, 26, 32, 32),
     "7b": (4096, 11008, 32, 32, 32),

@@ -95,7 +95,7 @@ def test_the_pages_python_reads_the_rows_of_a_dataset(
     """The blocks that need webdataset or datasets are left to tests/lwm_data/test_shards.py."""
     from lwm_data.build import build
 
-    manifest = project(out="runs/demo/short")
+    manifest = project(out="runs/demo/dataset")
     build(manifest)
     monkeypatch.chdir(manifest.parent)
     for page in PAGES:
@@ -104,7 +104,7 @@ def test_the_pages_python_reads_the_rows_of_a_dataset(
             if "import webdataset" not in code and "import datasets" not in code:
                 exec(code, found)
         if page.name == "format.md":
-            arrays = open_dataset("runs/demo/short")[5]
+            arrays = open_dataset("runs/demo/dataset")[5]
             assert arrays["segment_ids"].max() > 0
             for name, array in arrays.items():
                 np.testing.assert_array_equal(found[name], array, err_msg=name)

@@ -9,6 +9,7 @@ demo.yaml:7: sources.0.tokns: unknown key; wanted one of: name, type, path, toke
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -29,7 +30,7 @@ def _absolute(value: str, info: ValidationInfo) -> str:
     folder = (info.context or {}).get("folder")
     if "://" in value or folder is None:
         return value
-    return str((Path(folder) / Path(value).expanduser()).absolute())
+    return os.path.abspath(Path(folder) / Path(value).expanduser())
 
 
 ManifestPath = Annotated[str, AfterValidator(_absolute)]

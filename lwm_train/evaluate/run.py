@@ -86,7 +86,7 @@ def evaluate_run(manifest: EvalManifest) -> dict[str, Any]:
 
 def summary(result: dict[str, Any]) -> str:
     """The result as a person reads it."""
-    lines = [f"{result['run']}: step {result['step']}"]
+    lines = [f"{min(os.path.relpath(result['run']), result['run'], key=len)}: step {result['step']}"]
     if "heldout" in result:
         loss = result["heldout"]["text_loss"]
         lines.append(f"held-out text   {loss:.3f} nats a token (perplexity {math.exp(loss):.1f})")

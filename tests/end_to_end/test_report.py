@@ -34,7 +34,7 @@ def folder(project: Callable[..., Path]) -> Path:
     stage |= {"data": [{"dataset": "out"}], "steps": 2, "mesh": {"sp": 2}}
     write(folder / "a.yaml", name="short", out="short", **stage)
     write(folder / "b.yaml", name="long", out="long", seed=1, **stage)
-    write(folder / "curriculum.yaml", kind="curriculum", name="both", stages=["a.yaml", "b.yaml"])
+    write(folder / "train.yaml", kind="curriculum", name="both", stages=["a.yaml", "b.yaml"])
     needle = {"haystack": "books/*.txt", "lengths": [128], "depths": [0, 1], "rounds": 1}
     samples = {"prompts": ["Alice was"], "num_tokens": 5}
     parts = {"heldout": "held", "ngram_baselines": "out", "needle": needle, "samples": samples}
@@ -51,7 +51,7 @@ def lines(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 
 def test_a_curriculum_is_trained_evaluated_once_and_reported(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, page = folder / "long", folder / "report.html"
-    lines(capsys, "run", folder / "curriculum.yaml")
+    lines(capsys, "run", folder / "train.yaml")
     lines(capsys, "report", run, "--out", page)
     assert "Held-out" not in page.read_text() and "held out" not in page.read_text(), "nothing is evaluated yet"
 

@@ -16,7 +16,7 @@ DEMO = Path(__file__).parents[2] / "manifests" / "demo"
 BOOKS = {"name": "b", "type": "books", "path": "books/*.txt"}
 
 
-@pytest.mark.parametrize("name", ["short", "long", "heldout"])
+@pytest.mark.parametrize("name", ["dataset", "short", "medium", "heldout"])
 def test_the_demo_s_manifests_are_valid(name: str) -> None:
     manifest = read_dataset_manifest(DEMO / f"{name}.yaml")
     assert manifest.packing == "masked" and Path(manifest.text_tokenizer).is_file()
