@@ -24,10 +24,10 @@ from lwm_train.checkpoint import read_run_file, run_model_config
 from lwm_train.evaluate.heldout import HeldoutLoss
 from lwm_train.evaluate.needle import NeedleAnswer, NeedleResult
 from lwm_train.evaluate.run import EVAL_FILE
+from lwm_train.metrics import METRICS
 from lwm_train.model import param_shapes
 from lwm_train.report import HeldoutPoint, ReportContent, Sample, StageFacts
 from lwm_train.report_lines import read_metrics
-from lwm_train.train import METRICS
 
 
 def report_content(run: Path) -> ReportContent:

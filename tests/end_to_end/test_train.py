@@ -188,3 +188,17 @@ def test_a_run_folder_refuses_another_run_and_shows_the_difference(
     assert re.search(r"optimizer: was .*0\.001.* is .*0\.5", errors)
     shutil.rmtree(manifest.parent / "run" / "checkpoints")
     assert run_app(app, ["run", str(manifest), "--set", "seed=9"]) == 0
+
+
+def test_a_stage_is_refused_when_the_stage_before_it_was_trained_anew(
+    train_manifest: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = train_manifest(steps=2)
+    second = json.loads(manifest.read_text()) | {"name": "second", "out": "run2", "init": {"run": "run"}}
+    (manifest.parent / "second.yaml").write_text(json.dumps(second), encoding="utf-8")
+    assert run_app(app, ["run", str(manifest)]) == 0
+    assert run_app(app, ["run", str(manifest.parent / "second.yaml")]) == 0
+    shutil.rmtree(manifest.parent / "run")
+    assert run_app(app, ["run", str(manifest), "--set", "seed=4"]) == 0
+    errors = told(capsys, "run", manifest.parent / "second.yaml")
+    assert re.search(r"init: the run that this one started from was trained anew", errors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_there_are_manifests_to_check() -> None:
 def test_each_stage_of_a_curriculum_starts_from_the_one_before() -> None:
     stages = read_train_manifests(ROOT / "manifests/demo/train.yaml")
     assert stages[0].init == "random"
-    for before, stage in zip(stages, stages[1:], strict=False):
+    for before, stage in itertools.pairwise(stages):
         assert stage.init == InitFromRun(run=before.out)
     assert [stage.model.rope_theta for stage in stages] == sorted(stage.model.rope_theta for stage in stages)
     assert stages[-1].mesh.sp == 4

@@ -1,0 +1,90 @@
+"""metrics.jsonl: a line for every step of a run.
+
+    {"stage": "demo-short", "step": 12, "loss": ..., "text_loss": ..., "vision_loss": null, "lr": ..., "grad_norm": ...,
+     "tokens": 12288, "trained_tokens": ..., "tokens_per_s": ..., "seconds_waited": ..., "time": ...}
+
+tokens: of the run so far, padding too. seconds_waited: of steps for data, so far. time: seconds since this start.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+from lwm_data.terminal import RunFailed
+from lwm_train.config import TrainManifest
+from lwm_train.optimizer import make_schedule
+from lwm_train.step import StepReport
+
+METRICS = "metrics.jsonl"
+
+
+class MetricsLog:
+    """metrics.jsonl, a line a step, and the note beside the progress bar."""
+
+    def __init__(self, manifest: TrainManifest, run: Path, row_length: int) -> None:
+        self._manifest, self._path = manifest, run / METRICS
+        self._batch_tokens = manifest.batch_rows * row_length
+        self._schedule = make_schedule(manifest.optimizer, manifest.steps)
+        self.loss: float | None = None
+        self._tokens = 0
+
+    def __enter__(self) -> MetricsLog:
+        self._file = open(self._path, "a", encoding="utf-8")
+        self._begin = self._last = time.monotonic()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def write(self, step: int, report: StepReport, seconds_waited: float) -> str:
+        """Log one step; ValueError when its loss is not finite. Returns the note."""
+        loss = float(report.loss)
+        sums = report.sums
+        now = time.monotonic()
+        tokens = self._batch_tokens
+        by_modality = [
+            float(ce) / float(weights) if weights > 0 else None
+            for ce, weights in zip(sums.weighted_ce, sums.weights, strict=True)
+        ]
+        line = {
+            "stage": self._manifest.name,
+            "step": step,
+            "loss": loss,
+            "text_loss": by_modality[0],
+            "vision_loss": by_modality[1],
+            "lr": float(self._schedule(step - 1)),
+            "grad_norm": float(report.grad_norm),
+            "tokens": step * tokens,
+            "trained_tokens": int(sums.num_trained.sum()),
+            "tokens_per_s": tokens / (now - self._last),
+            "seconds_waited": round(seconds_waited, 4),
+            "time": round(now - self._begin, 3),
+        }
+        self._last = now
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if not math.isfinite(loss):
+            raise RunFailed(f"{self._manifest.name}: step {step}: loss {loss}; the newest checkpoint is from before it")
+        self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
+        self._tokens += tokens
+        return f"loss {self.loss:.3f}, {self._tokens / (now - self._begin):,.0f} tokens/s"
+
+
+def drop_metrics_after(run: Path, step: int) -> None:
+    """Lines of steps that the checkpoint does not hold are forgotten; they will be done again."""
+    path = run / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):  # the last line of a killed run can be cut
+            continue
+    temporary = path.with_name(f".{METRICS}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
