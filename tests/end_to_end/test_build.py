@@ -17,6 +17,7 @@ from lwm_data.build import build
 from lwm_data.check import check_dataset
 from lwm_data.cli import app
 from lwm_data.format.dataset import open_dataset
+from lwm_data.format.vocab import TextTokenizer
 from lwm_data.terminal import run_app
 
 
@@ -132,11 +133,15 @@ def test_naive_rows_are_full_and_one_segment(project: Callable[..., Path]) -> No
     assert all((dataset[row]["segment_ids"] == 1).all() for row in range(len(dataset) - 1))
 
 
-def test_what_is_not_taken_is_counted_with_its_reason(project: Callable[..., Path]) -> None:
+def test_what_is_not_taken_is_counted_with_its_reason(
+    project: Callable[..., Path], demo_tokenizer: TextTokenizer
+) -> None:
+    books = (project().parent / "books").glob("*.txt")
+    middle = sorted(len(demo_tokenizer.encode(book.read_text())) for book in books)[2]  # of four
     manifest = project(
         sources=[
-            {"name": "some", "type": "books", "path": "books/*.txt", "tokens": {"min": 3050}, "overflow": "truncate"},
-            {"name": "all", "type": "books", "path": "books/*.txt", "tokens": {"max": 3050}, "overflow": "drop"},
+            {"name": "some", "type": "books", "path": "books/*.txt", "tokens": {"min": middle}, "overflow": "truncate"},
+            {"name": "all", "type": "books", "path": "books/*.txt", "tokens": {"max": middle}, "overflow": "drop"},
             {"name": "chats", "type": "chats", "path": "chats.jsonl"},
         ],
         max_rejected=0.1,

@@ -167,7 +167,8 @@ def test_a_model_is_not_trained_on_from_data_of_another_tokenizer(
     assert run_app(app, ["run", str(manifest)]) == 0
     folder = manifest.parent
     train_text_tokenizer([str(folder / "books" / "*.txt")], 400, folder / "other.yaml")
-    build(folder / "dataset.yaml", ("text_tokenizer=other.yaml", "out=other-out", "max_rejected=1"), 1)
+    books = "sources=[{name: books, type: books, path: books/*.txt}]"
+    build(folder / "dataset.yaml", ("text_tokenizer=other.yaml", "out=other-out", books), 1)
     errors = told(
         capsys, "run", manifest, "--set", "out=run2", "--set", "init={run: run}", "--set", "data.0.dataset=other-out"
     )

@@ -34,7 +34,7 @@ def dataset(dataset_of: Callable[..., Dataset], demo_tokenizer: TextTokenizer, t
     prompt = Run(demo_tokenizer.encode("What is this?"), False, False)
     records = [Record("image", (*text_runs(demo_tokenizer, [], eos=False), prompt, *image))]
     for i in range(9):
-        ids = rng.integers(3, 2048, 250).astype(np.int32)
+        ids = rng.integers(3, 1024, 250).astype(np.int32)
         records.append(Record(f"text{i}", text_runs(demo_tokenizer, [(ids[:100], False), (ids, True)], eos=True)))
     made = dataset_of(tmp_path, records, row_length=ROW)
     assert made.packed(0).runs[-1, 1] == 0 and made.packed(0).runs[:, 1].max() == 2
@@ -140,7 +140,7 @@ def _before_vision(row: PackedSequence) -> int:
     [
         (_set_token(lambda row: 0, 7), "token 0: id 7 begins segment 1; wanted BOS"),
         (_set_token(lambda row: ROW - 1, 9), "token 639: padding of id 9 and weight 0; wanted 0 and 0"),
-        (_set_token(lambda row: 3, 2048), r"token 3: id 2048; wanted below 2048 \(text\)"),
+        (_set_token(lambda row: 3, 1024), r"token 3: id 1024; wanted below 1024 \(text\)"),
         (_set_token(_in_frame, 8200), r"id 8200; wanted below 8194 \(vision\)"),
         (_set_token(_in_frame, 8192), "a vision block whose frames do not end in EOF"),
         (_set_token(_frame_end, 8192), "a vision block whose frames do not end in EOF, and the last in EOV"),
