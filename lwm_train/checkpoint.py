@@ -31,6 +31,7 @@ class Checkpoints:
     """The checkpoints of one run folder. Saving returns at once; the block waits for what is under way."""
 
     def __init__(self, run: Path, spec: CheckpointSpec) -> None:
+        self._folder = run / "checkpoints"
         self._manager = _manager(run, max_to_keep=spec.keep, cleanup_tmp_directories=True)
 
     def __enter__(self) -> Checkpoints:
@@ -52,7 +53,14 @@ class Checkpoints:
     def restore(self, step: int, like: TrainState) -> TrainState:
         """The state after `step` steps, laid out as `like` (arrays or jax.ShapeDtypeStruct with shardings)."""
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        state: TrainState = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        try:
+            state: TrainState = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self._folder}/{step}: its parameters or optimizer state have another shape than the manifest "
+                "asks for; start a new run from this one's parameters with `init: {run: FOLDER}` "
+                f"({str(error).splitlines()[0][:200]})"
+            ) from error
         return state
 
 
@@ -76,8 +84,17 @@ def read_run_file(run: str | Path) -> dict[str, Any]:
         raise ValueError(f"{run}: no {RUN_FILE}: not a run, or it has not begun") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise ValueError(f"{path}: wanted an object with `model`")
+    wanted = {
+        "name": str,
+        "manifest": dict,
+        "model": dict,
+        "datasets": list,
+        "tokenizer_fingerprint": str,
+        "mesh": dict,
+    }
+    for key, kind in wanted.items():
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise ValueError(f"{path}: {key}: missing or no {kind.__name__}; not what lwm-train run writes")
     return content
 
 

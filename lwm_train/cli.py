@@ -82,7 +82,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "It was a dark night",
     num_tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to write at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, another text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed, another text.")] = 0,
     chat: Annotated[bool, typer.Option(help="The prompt is a user's message.")] = False,
 ) -> None:
     """Write text with a run's newest checkpoint.

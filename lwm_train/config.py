@@ -18,6 +18,7 @@ from lwm_data.format.manifest import ManifestModel, ManifestPath, read_manifest
 from lwm_data.format.vocab import VISION_VOCAB_SIZE
 
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,12 @@ class Shares(ManifestModel):
     text: float = Field(ge=0)
     vision: float = Field(ge=0)
 
+    @model_validator(mode="after")
+    def _check(self) -> Shares:
+        if self.text + self.vision == 0:
+            raise ValueError("text or vision above 0; with both 0 nothing is trained")
+        return self
+
 
 class LossSpec(ManifestModel):
     weighting: Literal["dataset"] = "dataset"
@@ -132,7 +139,7 @@ class TrainManifest(ManifestModel):
     kind: Literal["train"]
     name: str
     out: ManifestPath
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     init: Literal["random"] | InitFromRun = "random"
     model: ModelSpec
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -160,22 +167,23 @@ class CurriculumManifest(ManifestModel):
 class NeedleSpec(ManifestModel):
     haystack: ManifestPath = Field(description="glob of texts that no training example was made of")
     lengths: tuple[Positive, ...] = Field(min_length=1, description="tokens of the whole prompt")
-    depths: tuple[float, ...] = Field(default=(0, 0.25, 0.5, 0.75, 1), min_length=1)
+    depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(default=(0, 0.25, 0.5, 0.75, 1), min_length=1)
     rounds: Positive = Field(default=4, description="prompts per length and depth")
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
 
 
 class SampleSpec(ManifestModel):
     prompts: tuple[str, ...] = Field(min_length=1)
     num_tokens: Positive = 100
     temperature: float = Field(default=0.8, ge=0)
-    seed: int = 0
+    seed: Seed = 0
 
 
 class EvalManifest(ManifestModel):
     kind: Literal["eval"]
     name: str
     run: ManifestPath = Field(description="folder of the run to evaluate")
+    mesh: MeshSpec | None = Field(default=None, description="the run's own by default")
     heldout: ManifestPath | None = Field(default=None, description="a dataset that training never saw")
     ngram_baselines: ManifestPath | None = Field(
         default=None, description="dataset to fit a unigram and a bigram model on, for comparison on `heldout`"

@@ -23,7 +23,7 @@ from lwm_data.format.dataset import Dataset, open_dataset
 from lwm_train.checkpoint import read_run_file, run_model_config
 from lwm_train.evaluate.heldout import HeldoutLoss
 from lwm_train.evaluate.needle import NeedleAnswer, NeedleResult
-from lwm_train.evaluate.run import EVAL_FILE
+from lwm_train.evaluate.run import EVAL_FILE, run_key
 from lwm_train.metrics import METRICS
 from lwm_train.model import param_shapes
 from lwm_train.report import HeldoutPoint, ReportContent, Sample, StageFacts
@@ -38,6 +38,9 @@ def report_content(run: Path) -> ReportContent:
     metrics = tuple(path for folder in runs if (path := folder / METRICS).is_file())
     stages = tuple(_stage(folder, content) for folder, content in zip(runs, contents, strict=True))
     result = _evaluation(run)
+    if result and result.get("measured") != run_key(run):
+        missing.append("an evaluation of the newest checkpoint (the one that is there is of another: evaluate again)")
+        result = {}
     datasets = {"trained on": _datasets([of for content in contents for of in content["datasets"]], missing)}
     if result and result.get("heldout_dataset"):
         datasets["held out"] = _datasets([{"path": result["heldout_dataset"]}], missing)
@@ -62,7 +65,7 @@ def report_content(run: Path) -> ReportContent:
             needle=_needle(result["needle"]) if "needle" in result else None,
             samples=tuple(Sample(**sample) for sample in result.get("samples", [])),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{run / EVAL_FILE}: not what lwm-train eval writes ({error!r}); remove it, evaluate"
         ) from error
@@ -117,8 +120,11 @@ def _datasets(described: list[dict[str, Any]], missing: list[str]) -> tuple[Data
     found = []
     for path, wanted in dict.fromkeys((of["path"], of.get("fingerprint")) for of in described):
         try:
+            if "://" in path:
+                raise ValueError(f"{path}: not on this machine, and a report opens no address")
             dataset = open_dataset(path)
-        except ValueError as error:
+            dataset.packed(0), dataset.text_tokenizer  # what the page shows can be read
+        except (ValueError, OSError, ImportError) as error:
             missing.append(f"a dataset ({error})")
             continue
         if wanted in (None, dataset.info.fingerprint):

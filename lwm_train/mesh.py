@@ -35,7 +35,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (all of them by default; of simulated ones as many as the axes need).
+    """The mesh over `devices` (all of them by default; on one host, as many as the axes need).
 
     ValueError where the axes do not multiply to the number of devices.
     """
@@ -44,7 +44,7 @@ def make_mesh(spec: MeshSpec, devices: Sequence[jax.Device] | None = None) -> Me
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(1, len(devices) // known)
-    elif devices[0].platform == "cpu" and len(devices) > known:
+    elif len(devices) > known and jax.process_count() == 1:
         devices = devices[:known]
     if math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))

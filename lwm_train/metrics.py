@@ -9,7 +9,6 @@ tokens: of the run so far, padding too. seconds_waited: of steps for data, so fa
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
 
@@ -40,7 +39,7 @@ class MetricsLog:
         self._file.close()
 
     def write(self, step: int, report: StepReport, seconds_waited: float) -> str:
-        """Log one step; ValueError when its loss is not finite. Returns the note."""
+        """Log one step; RunFailed when something of it is not finite. Returns the note."""
         loss = float(report.loss)
         sums = report.sums
         now = time.monotonic()
@@ -66,8 +65,12 @@ class MetricsLog:
         self._last = now
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
-        if not math.isfinite(loss):
-            raise RunFailed(f"{self._manifest.name}: step {step}: loss {loss}; the newest checkpoint is from before it")
+        if not bool(report.is_finite):
+            raise RunFailed(
+                f"{self._manifest.name}: step {step}: loss {loss:g}, gradient norm {float(report.grad_norm):g}, or a "
+                "parameter after it, is not finite; nothing of it is saved: go on from the newest checkpoint with "
+                "another learning rate or clip (--allow optimizer), or look at the rows of this step"
+            )
         self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
         self._tokens += tokens
         return f"loss {self.loss:.3f}, {self._tokens / (now - self._begin):,.0f} tokens/s"

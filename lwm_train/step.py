@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,25 +32,36 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepReport:
-    """What a step tells: its loss, sums by modality, the norm of its gradient before the clip."""
+    """What a step tells: its loss, sums by modality, the norm of its gradient before the clip.
+
+    is_finite: bool[], that neither loss, gradient nor the parameters after the step hold NaN or infinity.
+    """
 
     loss: jax.Array
     sums: ModalitySums
     grad_norm: jax.Array
+    is_finite: jax.Array
 
 
 def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
-    """A fresh state, made where it will lie: moments like their parameter, counters everywhere."""
+    """A fresh state, made where it will lie."""
+    where = jax.tree.map(lambda leaf: leaf.sharding, state_layout(config, optimizer, mesh))
+    return jax.jit(partial(_make_state, config, optimizer, seed), out_shardings=where)()
 
-    def make() -> TrainState:
-        params = init_params(config, jax.random.key(seed))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    shapes = jax.eval_shape(make)
+def state_layout(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state's tree with a jax.ShapeDtypeStruct for each leaf: moments lie like their parameter, counters
+    everywhere."""
+    shapes = jax.eval_shape(partial(_make_state, config, optimizer, 0))
     params = tree_shardings(mesh, LOGICAL_AXES, shapes.params)
     state_tree: Any = TrainState
-    opt_state = _like_params(shapes.opt_state, params, sharding(mesh))
-    return jax.jit(make, out_shardings=state_tree(sharding(mesh), params, opt_state))()
+    where = state_tree(sharding(mesh), params, _like_params(shapes.opt_state, params, sharding(mesh)))
+    return jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes, where)
+
+
+def _make_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    params = init_params(config, jax.random.key(seed))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
 def _like_params(opt_state: Any, params: Params, elsewhere: Any) -> Any:
@@ -76,7 +88,9 @@ def make_train_step(
         (loss, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), StepReport(loss, sums, optax.tree.norm(grads))
+        grad_norm = optax.tree.norm(grads)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(optax.tree.norm(params))
+        return TrainState(state.step + 1, params, opt_state), StepReport(loss, sums, grad_norm, is_finite)
 
     return jax.jit(train_step, donate_argnums=0)
 

@@ -7,6 +7,7 @@ SIGTERM saves and ends well; the first Ctrl-C saves and ends, the second ends at
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ from lwm_train.mesh import make_mesh, request_devices
 from lwm_train.metrics import MetricsLog, drop_metrics_after
 from lwm_train.model import num_params
 from lwm_train.optimizer import make_optimizer
-from lwm_train.step import TrainState, init_state, make_train_step
+from lwm_train.step import TrainState, init_state, make_train_step, state_layout
 
 
 @dataclass(frozen=True)
@@ -64,22 +65,25 @@ def _train_stage(manifest: TrainManifest, allow: Sequence[str], asked: list[str]
     _check_fits(manifest, datasets, mesh)
     optimizer = make_optimizer(manifest.optimizer, manifest.steps)
     run.mkdir(parents=True, exist_ok=True)
-    write_run_file(run, content | {"mesh": dict(mesh.shape), "device": mesh.devices.flat[0].device_kind})
-    tokenizer.save(run)
 
     begin = time.monotonic()
     with Checkpoints(run, manifest.checkpoint) as checkpoints:
         done = checkpoints.latest_step()
         if done == manifest.steps:
             return StageResult(run, done, None, None, 0.0)
-        state = init_state(config, optimizer, mesh, manifest.seed)
+        if done is not None and done > manifest.steps:
+            raise ValueError(f"steps: got {manifest.steps}; {run} has done {done} already; wanted {done} or more")
         if done is not None:
-            state = checkpoints.restore(done, state)
-        elif isinstance(manifest.init, InitFromRun):
-            state = TrainState(state.step, _initial_params(manifest.init, config, content, mesh), state.opt_state)
+            state = checkpoints.restore(done, state_layout(config, optimizer, mesh))
+        else:
+            state = init_state(config, optimizer, mesh, manifest.seed)
+            if isinstance(manifest.init, InitFromRun):
+                state = TrainState(state.step, _initial_params(manifest.init, config, content, mesh), state.opt_state)
         done = done or 0
+        write_run_file(run, content | {"mesh": dict(mesh.shape), "device": mesh.devices.flat[0].device_kind})
+        tokenizer.save(run)
         drop_metrics_after(run, done)
-        print(_headline(manifest, datasets, config, state, mesh, done), flush=True)
+        print(_headline(manifest, datasets, config, state, mesh, done), file=sys.stderr, flush=True)
         loader = Loader(
             datasets, [spec.share for spec in manifest.data], manifest.seed, manifest.batch_rows, mesh, manifest.order
         )
@@ -117,9 +121,9 @@ def _check_fits(manifest: TrainManifest, datasets: Sequence[Dataset], mesh: Mesh
     rows_over = mesh.shape["dp"] * mesh.shape["fsdp"]
     if manifest.batch_rows % rows_over:
         raise ValueError(f"batch_rows: got {manifest.batch_rows}; wanted a multiple of dp x fsdp = {rows_over}")
-    length = datasets[0].info.row_length
-    if length % (2 * mesh.shape["sp"]):
-        raise ValueError(f"mesh: sp: got {mesh.shape['sp']}; rows of {length:,} tokens are cut into 2 x sp chunks")
+    length, chunks = datasets[0].info.row_length, mesh.shape["sp"] * (2 if manifest.order == "zigzag" else 1)
+    if length % chunks:
+        raise ValueError(f"mesh: sp: got {mesh.shape['sp']}; rows of {length:,} tokens are cut into {chunks} chunks")
 
 
 def _initial_params(init: InitFromRun, config: ModelConfig, content: dict[str, Any], mesh: Mesh) -> Any:

@@ -18,8 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from lwm_data.format.dataset import open_dataset
 from lwm_data.format.prompt import chat_prompt
@@ -41,21 +41,33 @@ def evaluate_run(manifest: EvalManifest) -> dict[str, Any]:
     """Measure what the manifest asks for, or return what is measured already."""
     run = Path(manifest.run)
     content = read_run_file(run)
+    for dataset in (manifest.heldout, manifest.ngram_baselines):
+        if dataset and (got := open_dataset(dataset).info.tokenizer_fingerprint) != content["tokenizer_fingerprint"]:
+            raise ValueError(
+                f"{dataset}: built with tokenizer {got[:12]}, the model was trained with "
+                f"{content['tokenizer_fingerprint'][:12]}; their losses cannot be compared: build it with the model's"
+            )
     datasets = [open_dataset(path).info.fingerprint for path in (manifest.heldout, manifest.ngram_baselines) if path]
     haystack = hashlib.sha256(read_haystack(manifest.needle.haystack).encode()).hexdigest() if manifest.needle else None
     described = [manifest.model_dump_json(), datasets, haystack, latest_step(run), json.dumps(content, sort_keys=True)]
     key = hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
     path = run / EVAL_FILE
-    if path.is_file():
-        before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if before.get("key") == key:
-            return before
-    mesh_spec = TrainManifest.model_validate(content["manifest"]).mesh
+    if (before := _read(path)).get("key") == key:
+        return before
+    mesh_spec = manifest.mesh or TrainManifest.model_validate(content["manifest"]).mesh
     request_devices([mesh_spec])
     mesh = make_mesh(mesh_spec)
     config, tokenizer = run_model_config(run), run_tokenizer(run)
     params, step = restore_params(run, mesh)
-    result: dict[str, Any] = {"key": key, "name": manifest.name, "run": str(run), "step": step}
+    result: dict[str, Any] = {
+        "key": key,
+        "measured": run_key(run),
+        "name": manifest.name,
+        "run": str(run),
+        "step": step,
+    }
+    # One device answers faster, where the parameters fit it.
+    answering = mesh if mesh.shape["fsdp"] * mesh.shape["tp"] > 1 else None
     if manifest.heldout:
         heldout = open_dataset(manifest.heldout)
         rows = mesh.shape["dp"] * mesh.shape["fsdp"]
@@ -69,11 +81,15 @@ def evaluate_run(manifest: EvalManifest) -> dict[str, Any]:
     if manifest.needle:
         spec = manifest.needle
         with Progress("needles", len(spec.lengths) * len(spec.depths) * spec.rounds, "questions") as progress:
-            needles = evaluate_needle(params, config, tokenizer, spec, progress.advance)
+            needles = evaluate_needle(params, config, tokenizer, spec, progress.advance, answering)
         result["needle"] = asdict(needles) | {"chance": CHANCE, "mean_accuracy": needles.mean_accuracy}
     if manifest.samples:
         s = manifest.samples
-        texts = write_text(run, list(s.prompts), s.num_tokens, s.temperature, s.seed, chat=False, mesh=mesh)
+        ids = [[tokenizer.bos, *tokenizer.encode(prompt).tolist()] for prompt in s.prompts]
+        out = generate(
+            params, config, ids, s.num_tokens, temperature=s.temperature, seed=s.seed, eos=tokenizer.eos, mesh=answering
+        )
+        texts = _texts(tokenizer, out)
         result["samples"] = [{"prompt": p, "text": t} for p, t in zip(s.prompts, texts, strict=True)]
     temporary = path.with_name(f".{EVAL_FILE}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -103,26 +119,35 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_text(
-    run: Path,
-    prompts: list[str],
-    num_tokens: int,
-    temperature: float,
-    seed: int,
-    chat: bool,
-    mesh: Mesh | None = None,
-) -> list[str]:
-    """What the run's newest checkpoint writes after each prompt; of a chat, the prompt is a user's message."""
+def write_text(run: Path, prompts: list[str], num_tokens: int, temperature: float, seed: int, chat: bool) -> list[str]:
+    """What the run's newest checkpoint writes after each prompt, on one device; of a chat, the prompt is a user's
+    message."""
     tokenizer = run_tokenizer(run)
-    if mesh is None:
-        request_devices([MeshSpec()])
-        mesh = make_mesh(MeshSpec())
-    params, _ = restore_params(run, mesh)
+    params, _ = restore_params(run, make_mesh(MeshSpec(), jax.devices()[:1]))
     ids = [chat_prompt(tokenizer, p) if chat else [tokenizer.bos, *tokenizer.encode(p).tolist()] for p in prompts]
     out = generate(
         params, run_model_config(run), ids, num_tokens, temperature=temperature, seed=seed, eos=tokenizer.eos
     )
-    return [tokenizer.decode(np.array(answer, np.int32)) for answer in out]
+    return _texts(tokenizer, out)
+
+
+def run_key(run: Path) -> str:
+    """A hash of what is measured: the run's content and its newest checkpoint's step."""
+    described = [latest_step(run), json.dumps(read_run_file(run), sort_keys=True)]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]
+
+
+def _texts(tokenizer: TextTokenizer, answers: list[list[int]]) -> list[str]:
+    return [tokenizer.decode(np.array(answer, np.int32)) for answer in answers]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """eval.json; empty where there is none, or where it cannot be read and so is measured again."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def run_tokenizer(run: Path) -> TextTokenizer:

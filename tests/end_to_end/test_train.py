@@ -140,6 +140,8 @@ def test_wrong_manifests_are_told_by_file_line_key_got_and_wanted(
         ("model.preset=8b", r"model\.preset: got '8b'; wanted 'tiny', 'demo'"),
         ("data.0.dataset=nowhere", r"nowhere: no index\.json: not a dataset"),
         ("mesh.sp=3", r"mesh: sp: got 3; rows of 256 tokens"),
+        ("seed=4294967296", r"seed: got 4294967296; wanted less than 4294967296"),
+        ("loss.shares={text: 0, vision: 0}", r"loss\.shares: .*with both 0 nothing is trained"),
         ("mesh.sp=64", r"mesh: .*sp 64 = 64 devices; there are"),
         ("mesh.dp=4", r"batch_rows: got 2; wanted a multiple of dp x fsdp = 4"),
         ("steps", r"--set steps: wanted key=value"),
@@ -191,15 +193,97 @@ def test_a_run_folder_refuses_another_run_and_shows_the_difference(
     assert run_app(app, ["run", str(manifest), "--set", "seed=9"]) == 0
 
 
-def test_a_stage_is_refused_when_the_stage_before_it_was_trained_anew(
+def second_stage(manifest: Path) -> Path:
+    """A manifest that starts from the run of `manifest`."""
+    second = json.loads(manifest.read_text()) | {"name": "second", "out": "run2", "init": {"run": "run"}}
+    path = manifest.parent / "second.yaml"
+    path.write_text(json.dumps(second), encoding="utf-8")
+    return path
+
+
+def test_a_stage_is_refused_when_the_stage_before_it_was_trained_anew_even_if_it_was_gone_in_between(
     train_manifest: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = train_manifest(steps=2)
-    second = json.loads(manifest.read_text()) | {"name": "second", "out": "run2", "init": {"run": "run"}}
-    (manifest.parent / "second.yaml").write_text(json.dumps(second), encoding="utf-8")
+    second = second_stage(manifest)
     assert run_app(app, ["run", str(manifest)]) == 0
-    assert run_app(app, ["run", str(manifest.parent / "second.yaml")]) == 0
+    assert run_app(app, ["run", str(second)]) == 0
     shutil.rmtree(manifest.parent / "run")
+    assert run_app(app, ["run", str(second)]) == 0  # finished, and needs nothing of the run before
     assert run_app(app, ["run", str(manifest), "--set", "seed=4"]) == 0
-    errors = told(capsys, "run", manifest.parent / "second.yaml")
+    errors = told(capsys, "run", second)
     assert re.search(r"init: the run that this one started from was trained anew", errors)
+
+
+def test_a_project_that_was_moved_goes_on(train_manifest: Callable[..., Path]) -> None:
+    manifest = train_manifest(steps=2)
+    second = second_stage(manifest)
+    assert run_app(app, ["run", str(manifest)]) == 0
+    assert run_app(app, ["run", str(second)]) == 0
+    moved = manifest.parent.with_name("moved")
+    manifest.parent.rename(moved)
+    for name in ("train.yaml", "second.yaml"):
+        assert run_app(app, ["run", str(moved / name)]) == 0
+
+
+def test_a_step_that_is_not_finite_fails_the_run_and_is_never_saved(
+    train_manifest: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = train_manifest(optimizer={"lr": 1e38, "weight_decay": 0}, checkpoint={"every": 1, "keep": 50})
+    assert run_app(app, ["run", str(manifest)]) == 1
+    assert re.search(r"step \d+: loss .* is not finite; nothing of it is saved", capsys.readouterr().err)
+    folder = manifest.parent / "run"
+    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+        params, _ = restore_params(folder, make_mesh(MeshSpec(), jax.devices()[:1]))
+        assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(params))
+
+
+def test_what_allow_cannot_do_is_told(train_manifest: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = train_manifest(steps=2)
+    assert run_app(app, ["run", str(manifest)]) == 0
+    errors = told(capsys, "run", manifest, "--set", "steps=1", "--allow", "steps")
+    assert re.search(r"steps: got 1; .*run has done 2 already; wanted 2 or more", errors)
+    longer = ["--set", "steps=3", "--allow", "steps"]
+    muon = ["--set", "optimizer={name: muon, lr: 0.01, adam_lr: 0.01}", "--allow", "optimizer"]
+    assert re.search(
+        r"another shape than the manifest asks for; start a new run", told(capsys, "run", manifest, *longer, *muon)
+    )
+    assert run_app(app, ["run", str(manifest), *longer]) == 0
+
+
+def test_json_output_is_json_lines_and_bf16_trains(
+    train_manifest: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = train_manifest(steps=2, precision="bf16")
+    capsys.readouterr()
+    assert run_app(app, ["run", str(manifest), "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["step"] == 2
+    assert run_app(app, ["generate", str(manifest.parent / "run"), "--tokens", "4"]) == 0
+
+
+def test_an_evaluation_refuses_a_dataset_of_another_tokenizer(
+    train_manifest: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = train_manifest(steps=2)
+    assert run_app(app, ["run", str(manifest)]) == 0
+    index = manifest.parent / "out" / "index.json"
+    changed = json.loads(index.read_text()) | {"tokenizer_fingerprint": "f" * 64}
+    index.write_text(json.dumps(changed), encoding="utf-8")
+    evaluation = manifest.parent / "eval.yaml"
+    evaluation.write_text(json.dumps({"kind": "eval", "name": "e", "run": "run", "heldout": "out"}), encoding="utf-8")
+    assert re.search(
+        r"out: built with tokenizer ffffffffffff, the model was trained with", told(capsys, "eval", evaluation)
+    )
+
+
+def test_a_run_folder_that_is_not_ours_is_told_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content, wanted in [
+        ("{}", "name: missing"),
+        ("[1", "not JSON"),
+        ('{"name": "x", "manifest": 3}', "manifest: "),
+    ]:
+        (tmp_path / "run.json").write_text(content, encoding="utf-8")
+        assert wanted in told(capsys, "report", tmp_path)
