@@ -72,9 +72,10 @@ def build(manifest_path: str | Path, overrides: Sequence[str] = (), workers: int
         info = work.finished(fingerprint)
         if info is not None:
             return BuildResult(out, info, built=False)
-        work.begin(fingerprint)
         _tokenize(units, store, tokenizer, workers)
-        plan = plan_examples(manifest, [unit.source for unit in units], _paths(units, store), out / "rejected.jsonl")
+        sources = [unit.source for unit in units]
+        plan = plan_examples(manifest, sources, _paths(units, store), work.planned_rejected)
+        work.begin(fingerprint)  # only now: wrong input, found so far, must not cost the dataset that stands there
         stores = (StoreRef(store / unit.file_name, unit.source.name, unit.source.overflow) for unit in units)
         dtype = "uint16" if max(tokenizer.vocab_size, VISION_VOCAB_SIZE) <= 1 << 16 else "uint32"
         form = RowFormat(out, tuple(stores), manifest.row_length, dtype, manifest.packing, manifest.loss_weighting)

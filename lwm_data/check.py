@@ -86,10 +86,12 @@ def _file_problems(dataset: Dataset, name: str, num_bytes: int | None, sha256: s
     except FileNotFoundError:
         yield f"{name}: no such file; build again"
         return
+    # A build looks at sizes, and at the tables' hashes; it would leave a shard of the right size alone.
+    remedy = "build again" if num_bytes is None else "remove it and build again"
     if num_bytes is not None and size != num_bytes:
         yield f"{name}: {size:,} bytes, the index says {num_bytes:,}: truncated or changed; build again"
     elif digest.hexdigest() != sha256:
-        yield f"{name}: sha256 is {digest.hexdigest()}, the index says {sha256}: changed; build again"
+        yield f"{name}: sha256 is {digest.hexdigest()}, the index says {sha256}: changed; {remedy}"
 
 
 def _read_lines(dataset: Dataset, name: str, totals: dict[str, int]) -> dict[int, Lines]:

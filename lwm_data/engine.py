@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
+from uuid import uuid4
 
 Shared = TypeVar("Shared")
 Unit = TypeVar("Unit")
@@ -55,7 +56,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
     While it is written the temporary is locked, so that `remove_leftovers` takes only those of the dead.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Process numbers repeat: builds in two containers, or on two machines, may share a folder.
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     with _open_locked(temporary) as file:
         try:
             yield file
@@ -121,7 +123,8 @@ class _Pool:
                     exhausted = True
                     break
                 connection = idle.pop(0)
-                connection.send(unit)
+                with self._alive(connection):
+                    connection.send(unit)
                 busy[connection] = number
             while turn in done:
                 yield done.pop(turn)
@@ -135,18 +138,24 @@ class _Pool:
                     idle.append(ready)
 
     def _receive(self, connection: Connection) -> Any:
-        try:
+        with self._alive(connection):
             error, result = connection.recv()
-        except EOFError:
+        if error is not None:
+            raise error
+        return result
+
+    @contextlib.contextmanager
+    def _alive(self, connection: Connection) -> Iterator[None]:
+        """Around send and recv: a worker that died idle breaks the one, at work the other."""
+        try:
+            yield
+        except (EOFError, OSError):
             process = self.processes[self.connections.index(connection)]
             process.join(PATIENCE)
             raise OSError(
                 f"a worker ended unexpectedly (exit code {process.exitcode}; -9 often means out of memory); "
                 "run again with fewer --workers, finished work is kept"
             ) from None
-        if error is not None:
-            raise error
-        return result
 
     def stop(self) -> None:
         for connection in self.connections:

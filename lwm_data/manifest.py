@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lwm_data.format.manifest import ManifestModel, ManifestPath, read_manifest
 from lwm_data.format.packed import LossWeighting, Packing
+from lwm_data.format.prompt import CITIES
 
 Overflow = Literal["split", "truncate", "drop", "error"]
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -35,6 +36,15 @@ def _bytes(value: Any) -> Any:
 
 def _range(value: Any) -> Any:
     return {"min": value, "max": value} if isinstance(value, int) else value
+
+
+def _on_disk(value: str) -> str:
+    if "://" in value:
+        raise ValueError("a folder on disk, no URL; build there and copy it")
+    return value
+
+
+FolderPath = Annotated[ManifestPath, AfterValidator(_on_disk)]
 
 
 class Span(ManifestModel):
@@ -96,6 +106,8 @@ class Needles(ManifestModel):
     def _asks_what_is_there(self) -> Needles:
         if self.asked.min > self.needles.min:
             raise ValueError(f"asked.min <= needles.min (got {self.asked.min} and {self.needles.min})")
+        if self.needles.max > len(CITIES):
+            raise ValueError(f"needles.max <= {len(CITIES)}, a city for each fact (got {self.needles.max})")
         return self
 
 
@@ -108,8 +120,8 @@ class DatasetManifest(ManifestModel):
     kind: Literal["dataset"]
     name: str = Field(min_length=1)
     seed: int = Field(default=0, ge=0, description="of the order of examples and of what is drawn at random")
-    out: ManifestPath = Field(description="folder of the dataset")
-    token_store: ManifestPath | None = Field(
+    out: FolderPath = Field(description="folder of the dataset")
+    token_store: FolderPath | None = Field(
         default=None, description="folder of tokenized input, shared by datasets; default: token-store beside `out`"
     )
     text_tokenizer: ManifestPath = Field(description="tokenizers/*.yaml")

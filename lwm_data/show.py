@@ -16,6 +16,7 @@ from rich.text import Text
 
 from lwm_data.format.dataset import Dataset
 from lwm_data.format.vocab import TextTokenizer
+from lwm_data.summary import visible
 from lwm_data.work_folder import examples_name
 
 
@@ -51,17 +52,15 @@ def row_text(view: dict[str, Any]) -> Group:
     parts = [Text(f"row {view['row']} of {view['shard']}: {view['row_length']:,} tokens", style="bold")]
     for segment in view["segments"]:
         vision = f", {segment['num_vision']:,} vision" if segment["num_vision"] else ""
-        parts.append(
-            Text(
-                f"\nsegment {segment['segment']}   {segment['source']}   {segment['key']}   part {segment['part']}   "
-                f"{segment['num_tokens']:,} tokens{vision}, {segment['num_trained']:,} trained",
-                style="bold cyan",
-            )
+        heading = (
+            f"segment {segment['segment']}   {segment['source']}   {segment['key']}   part {segment['part']}   "
+            f"{segment['num_tokens']:,} tokens{vision}, {segment['num_trained']:,} trained"
         )
+        parts.append(Text("\n" + visible(heading), style="bold cyan"))
         text = Text()
         for run in segment["runs"]:
             style = "magenta" if run["vision"] else "green" if run["weight"] else "dim"
-            text.append(run["text"].replace("\x1b", "\u241b"), style)  # a book must not steer the terminal
+            text.append(visible(run["text"].replace("\r\n", "\n"), kept="\n\t"), style)
         parts.append(text)
     parts.append(Text(f"\npadding: {view['padding']:,} tokens", style="bold"))
     return Group(*parts)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from rich.table import Table
+from rich.text import Text
 
 from lwm_data.format.dataset import DatasetInfo
+
+C0 = {code: chr(0x2400 + code) for code in range(0x20)}  # Unicode has a picture of each
+SIGNS = C0 | {0x7F: "\u2421"} | dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
 def fill(info: DatasetInfo) -> float:
@@ -12,11 +16,17 @@ def fill(info: DatasetInfo) -> float:
     return info.num_tokens / (info.num_rows * info.row_length)
 
 
+def visible(text: str, kept: str = "") -> str:
+    """`text` with signs in place of its control characters, except those `kept`: data must not steer a terminal."""
+    return text.translate({code: sign for code, sign in SIGNS.items() if chr(code) not in kept})
+
+
 def dataset_table(info: DatasetInfo) -> Table:
     """A line per source: records, kept, rejected, examples, tokens, trained; below it rows and fill."""
-    table = Table(
-        title=f"{info.name}: {info.num_rows:,} rows of {info.row_length:,}, {fill(info):.2%} full ({info.packing})",
-        caption=_reasons(info),
+    title = f"{info.name}: {info.num_rows:,} rows of {info.row_length:,}, {fill(info):.2%} full ({info.packing})"
+    table = Table(  # Text, as a string is read for markup and a dataset may be called [/x]
+        title=Text(visible(title), "table.title"),
+        caption=Text(_reasons(info), "table.caption"),
         show_footer=True,
     )
     lines = _lines(info)

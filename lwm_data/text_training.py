@@ -18,10 +18,11 @@ from pathlib import Path
 import sentencepiece
 
 from lwm_data.engine import whole_file
+from lwm_data.format.manifest import quoted
 from lwm_data.format.prompt import CITIES, NEEDLE_DIGITS, needle, needle_answer, needle_prompt
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
 from lwm_data.sources.chats import MAX_LINE
-from lwm_data.sources.files import InputFile, find_files, open_unpacked, read_text
+from lwm_data.sources.files import DAMAGED, InputFile, find_files, open_unpacked, read_text
 
 MAX_SENTENCE = 4096  # bytes; the trainer leaves longer lines out, so they are cut at blanks
 
@@ -39,9 +40,10 @@ def train_text_tokenizer(patterns: Sequence[str], vocab_size: int, out: Path, nu
         raise ValueError(f"--out: got {out}; wanted a name that ends in .yaml (the model goes beside it)")
     files = [file for pattern in patterns for file in find_files(pattern, "FILES")]
     model = io.BytesIO()
+    errors: list[BaseException] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=itertools.chain(_sentences(files), _needle_lines(num_needles)),
+            sentence_iterator=_keep_error(itertools.chain(_sentences(files), _needle_lines(num_needles)), errors),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -60,19 +62,31 @@ def train_text_tokenizer(patterns: Sequence[str], vocab_size: int, out: Path, nu
             minloglevel=2,
         )
     except RuntimeError as error:
+        if errors:
+            raise errors[0] from None
         raise ValueError(f"--vocab-size: got {vocab_size}; {str(error).strip().splitlines()[-1]}") from error
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out.with_suffix(".model")) as file:
         file.write(model.getvalue())
     command = ["lwm-data", "tokenizer", "train-text", *patterns, "--vocab-size", str(vocab_size), "--out", str(out)]
     command += ["--needles", str(num_needles)] if num_needles else []
+    comment = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in shlex.join(command))
     with whole_file(out) as file:
         file.write(
-            f"# {shlex.join(command)}\n"
-            f"kind: text_tokenizer\nname: {out.stem}\nmodel: {out.stem}.model\n"
+            f"# {comment}\n"
+            f"kind: text_tokenizer\nname: {quoted(out.stem)}\nmodel: {quoted(f'{out.stem}.model')}\n"
             f"sha256: {hashlib.sha256(model.getvalue()).hexdigest()}\nbos: 1\neos: 2\n".encode()
         )
     return load_text_tokenizer(out)
+
+
+def _keep_error(lines: Iterator[str], errors: list[BaseException]) -> Iterator[str]:
+    """`lines`; what they raise goes to `errors` too, since the trainer makes a RuntimeError of it."""
+    try:
+        yield from lines
+    except (Exception, KeyboardInterrupt) as error:
+        errors.append(error)
+        raise
 
 
 def _sentences(files: Sequence[InputFile]) -> Iterator[str]:
@@ -105,10 +119,21 @@ def _texts(file: InputFile) -> Iterator[str]:
             raise ValueError(f"{file.path}: {error.args[0]}: {error.args[1]}") from error
         return
     with open_unpacked(file.path) as lines:
-        number = 0
-        while line := lines.readline(MAX_LINE):
-            number += 1
-            try:
-                yield from (turn for turn in json.loads(line)["data"] if isinstance(turn, str))
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file.path}: line {number}: not a chat: {error}") from error
+        number = 1
+        try:
+            while line := lines.readline(MAX_LINE):
+                if line.strip():
+                    yield from _turns(line, f"{file.path}: line {number}")
+                number += 1
+        except DAMAGED as error:
+            raise ValueError(f"{file.path}: line {number}: damaged: cannot be unpacked: {error}") from error
+
+
+def _turns(line: bytes, where: str) -> list[str]:
+    try:
+        turns = [turn for turn in json.loads(line)["data"] if isinstance(turn, str)]
+        for turn in turns:
+            turn.encode()  # half of a surrogate pair is no text
+        return turns
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{where}: not a chat: {error}") from error

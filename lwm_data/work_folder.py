@@ -4,18 +4,23 @@
     out/.work/writers            shared by all who write a shard: a worker outlives a killed build for a moment
     out/.work/fingerprint        of the build that the records belong to
     out/.work/shard-000000.json  a record: this shard is finished; written after the shard is on disk
+    out/.work/rejected.jsonl     of a plan that is not begun; stays where the build ended there, its message names it
     out/shard-000000.tar ...     finished shards
     out/index.json               not there until everything else is
 
-A build of another fingerprint first removes the index, then shards and records, and only then writes its own
-fingerprint: at no moment can old and new be mixed up. `.work` goes when the index stands.
+A build first plans, and until the plan stands the dataset of an earlier build is not touched. One of another
+fingerprint then removes the index, then shards and records, and only then writes its own fingerprint: at no moment
+can old and new be mixed up. `.work` goes when the index stands.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +32,7 @@ from lwm_data.engine import sync_folder, whole_file
 from lwm_data.format.dataset import INDEX, DatasetInfo, ShardInfo, SourceCounts, open_dataset, write_index
 
 WORK = ".work"
+SHARD_FILE = re.compile(r"shard-([0-9]{6,})\.(?:tar|examples\.parquet)")  # all that a build may remove
 
 
 class ShardRecord(BaseModel):
@@ -49,10 +55,22 @@ def refuse_foreign(out: Path) -> None:
     """ValueError where `out` holds something that no build of ours put there."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: got {out}: a file; wanted a folder, new, empty or of an earlier build")
-    if out.is_dir() and not (out / WORK).is_dir() and not (out / INDEX).is_file() and any(out.iterdir()):
+    if not out.is_dir() or (out / WORK / "lock").is_file() or _is_ours(out / INDEX):
+        return
+    if any(path.name != WORK for path in out.iterdir()):  # .work alone: killed before it had its lock
         raise ValueError(
-            f"out: got {out}: not empty and no dataset; wanted a folder, new, empty or of an earlier build"
+            f"out: got {out}: not empty and no dataset; wanted a folder, new, empty or of an earlier build; name "
+            "another, or empty this one if nothing in it is needed"
         )
+
+
+def _is_ours(index: Path) -> bool:
+    """Whether the file is the index of a build, of whatever version; others write an index.json, too."""
+    try:
+        raw = json.loads(index.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(raw, dict) and "format_version" in raw and "build_fingerprint" in raw
 
 
 class WorkFolder:
@@ -87,7 +105,7 @@ class WorkFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
-        if (self.out / INDEX).is_file():
+        if (self.out / INDEX).is_file() and (kind is None or not self.planned_rejected.is_file()):
             shutil.rmtree(self.work)
         os.close(self._lock)
 
@@ -98,27 +116,38 @@ class WorkFolder:
             fcntl.flock(writers, fcntl.LOCK_SH)
             yield
 
+    @property
+    def planned_rejected(self) -> Path:
+        """Where the plan writes rejected.jsonl; `begin` moves it beside the index."""
+        return self.work / "rejected.jsonl"
+
     def finished(self, fingerprint: str) -> DatasetInfo | None:
-        """The index, where the dataset is whole and of this fingerprint."""
+        """The index, where the dataset is whole and of this fingerprint.
+
+        Small files by their hashes, shards by their sizes: to read them all is what `check` is for.
+        """
         try:
-            info = open_dataset(self.out).info
-        except ValueError:
-            return None
-        try:
+            dataset = open_dataset(self.out)
+            info = dataset.info
+            if info.build_fingerprint != fingerprint:
+                return None
             whole = all(
                 (self.out / shard.name).stat().st_size == shard.num_bytes
-                and (self.out / examples_name(shard.name)).is_file()
+                and _sha256(self.out / examples_name(shard.name)) == shard.examples_sha256
                 for shard in info.shards
             )
-            names = ("text_tokenizer.yaml", "text_tokenizer.model", "rejected.jsonl", "README.md")
-            whole = whole and all((self.out / name).is_file() for name in names)
-        except FileNotFoundError:
+            whole = whole and all((self.out / name).is_file() for name in ("rejected.jsonl", "README.md"))
+            return info if whole and dataset.text_tokenizer.fingerprint == info.tokenizer_fingerprint else None
+        except (ValueError, FileNotFoundError):
             return None
-        return info if whole and info.build_fingerprint == fingerprint else None
 
     def begin(self, fingerprint: str) -> None:
-        """Make the folder ready for the build `fingerprint`: keep what is its own, remove what is not."""
+        """Make the folder ready for the build `fingerprint`: keep what is its own, remove what is not.
+
+        The plan must stand: from here on there is no dataset until `finish`.
+        """
         (self.out / INDEX).unlink(missing_ok=True)
+        sync_folder(self.out)
         marker = self.work / "fingerprint"
         if not marker.is_file() or marker.read_text() != fingerprint:
             marker.unlink(missing_ok=True)
@@ -128,6 +157,7 @@ class WorkFolder:
             sync_folder(self.out)
             with whole_file(marker) as file:
                 file.write(fingerprint.encode())
+        os.replace(self.planned_rejected, self.out / "rejected.jsonl")
 
     def record(self, shard: str) -> ShardRecord | None:
         """The record of a shard that is finished and still there."""
@@ -162,7 +192,12 @@ class WorkFolder:
         return self.work / (shard.removesuffix(".tar") + ".json")
 
     def _keep_shards(self, num_shards: int) -> None:
-        for pattern in ("shard-*.tar", "shard-*.examples.parquet"):
-            for path in self.out.glob(pattern):
-                if int(path.name.split(".")[0].removeprefix("shard-")) >= num_shards:
-                    path.unlink()
+        for path in self.out.glob("shard-*"):
+            match = SHARD_FILE.fullmatch(path.name)
+            if match is not None and int(match[1]) >= num_shards:
+                path.unlink()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,6 +17,7 @@ import hashlib
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -137,10 +138,13 @@ class Dataset:
     def text_tokenizer(self) -> TextTokenizer:
         """The tokenizer that lies in the dataset's folder; ValueError where it is not the index's."""
         if "://" in self.url:
-            raise ValueError(
-                f"{self.url}: copy the dataset's text_tokenizer.* here first; tokenizers are read from disk"
-            )
-        tokenizer = load_text_tokenizer(Path(self.url) / "text_tokenizer.yaml")
+            with tempfile.TemporaryDirectory() as folder:
+                for name in ("text_tokenizer.yaml", "text_tokenizer.model"):
+                    with fsspec.open(f"{self.url}/{name}", "rb") as file:
+                        (Path(folder) / name).write_bytes(file.read())
+                tokenizer = load_text_tokenizer(Path(folder) / "text_tokenizer.yaml")
+        else:
+            tokenizer = load_text_tokenizer(Path(self.url) / "text_tokenizer.yaml")
         if tokenizer.fingerprint != self.info.tokenizer_fingerprint:
             raise ValueError(
                 f"{self.url}: text_tokenizer.yaml is not the tokenizer this dataset was built with "
@@ -172,13 +176,18 @@ class Dataset:
 def open_dataset(url: str | Path) -> Dataset:
     """The dataset in the folder `url` (a path or any fsspec URL).
 
-    ValueError where there is none, where it is unfinished, or of a newer format version.
+    ValueError where there is none, where it is unfinished, of a newer format version, or on a store whose package
+    is not installed.
     """
     url = str(url).rstrip("/")
     path = f"{url}/{INDEX}"
     try:
         with fsspec.open(path, "rb") as file:
             raw = json.loads(file.read())
+    except ImportError as error:  # fsspec knows the protocol, but what speaks it is a package of its own
+        package = getattr(error.__cause__, "name", None)
+        remedy = f"pip install {package}" if package else str(error)
+        raise ValueError(f"{url}: reading it needs a package that is not installed: {remedy}") from error
     except FileNotFoundError:
         raise ValueError(
             f"{url}: no {INDEX}: not a dataset, or its build did not finish (run the build again)"

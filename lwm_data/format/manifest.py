@@ -72,6 +72,11 @@ def read_manifest(
         raise ValueError("\n".join(_explain(path, lines, data, e, kinds[kind]) for e in error.errors())) from None
 
 
+def quoted(text: str) -> str:
+    """`text` as a YAML scalar of one line, which `read_manifest` gives back as it is."""
+    return str(yaml.dump(text, default_style='"', allow_unicode=True, width=float("inf"))).rstrip("\n")
+
+
 def _plain(node: yaml.Node, key: tuple[str | int, ...], lines: dict[Any, int], path: Path, seen: set[int]) -> Any:
     """The node as dicts, lists and scalars; `lines` gets each key's line. Aliases are refused: a short file of
     nested aliases can stand for more memory than there is."""
@@ -91,13 +96,14 @@ def _plain(node: yaml.Node, key: tuple[str | int, ...], lines: dict[Any, int], p
         return mapping
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, (*key, i), lines, path, seen) for i, item in enumerate(node.value)]
+    assert isinstance(node, yaml.ScalarNode)
     try:
         value = yaml.SafeLoader("").construct_object(node)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}:{line}: {'.'.join(map(str, key))}: {error}") from error
     if isinstance(value, str):
-        try:  # YAML 1.1 takes 3e-4 for text; a person means a number
-            return float(value) if value[:1] in "0123456789.+-" else value
+        try:  # YAML 1.1 takes 3e-4 for text; a person means a number, unless it stands in quotes
+            return float(value) if node.style is None and value[:1] in "0123456789.+-" else value
         except ValueError:
             return value
     return value

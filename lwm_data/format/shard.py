@@ -21,6 +21,7 @@ import tarfile
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
+from uuid import uuid4
 
 import numpy as np
 
@@ -50,7 +51,7 @@ class ShardWriter:
         self._page: list[PackedSequence] = []
         self._offsets: list[list[int]] = []
         self._hash = hashlib.sha256()
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        self._temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> ShardWriter:

@@ -11,6 +11,7 @@ needs no new row.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ import sentencepiece
 from jaxtyping import Int32
 from pydantic import Field
 
-from lwm_data.format.manifest import ManifestModel, ManifestPath, read_manifest
+from lwm_data.format.manifest import ManifestModel, ManifestPath, quoted, read_manifest
 
 CODES_PER_FRAME = 256  # 16 x 16 patches of a 256 x 256 frame
 EOF = 8192  # ends a frame that another follows
@@ -90,12 +91,23 @@ class TextTokenizer:
         return [self._processor.id_to_piece(int(i)).replace("\u2581", " ") for i in ids]
 
     def save(self, folder: Path) -> None:
-        """Write `text_tokenizer.model` and its spec `text_tokenizer.yaml` to `folder`."""
-        (folder / "text_tokenizer.model").write_bytes(self.model_bytes)
-        (folder / "text_tokenizer.yaml").write_text(
-            f"kind: text_tokenizer\nname: {self.name}\nmodel: text_tokenizer.model\n"
+        """Write `text_tokenizer.model` and its spec `text_tokenizer.yaml` to `folder`, each whole or not at all."""
+        _write_whole(folder / "text_tokenizer.model", self.model_bytes)
+        spec = (
+            f"kind: text_tokenizer\nname: {quoted(self.name)}\nmodel: text_tokenizer.model\n"
             f"sha256: {hashlib.sha256(self.model_bytes).hexdigest()}\nbos: {self.bos}\neos: {self.eos}\n"
         )
+        _write_whole(folder / "text_tokenizer.yaml", spec.encode())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, fsynced and renamed. The temporary has one name, so that none is ever left for good."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def load_text_tokenizer(spec: str | Path) -> TextTokenizer:

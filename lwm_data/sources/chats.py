@@ -6,17 +6,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import zstandard
-
 from lwm_data.format.prompt import chat_runs
 from lwm_data.format.vocab import TextTokenizer
-from lwm_data.sources.files import InputFile, open_unpacked
+from lwm_data.sources.files import DAMAGED, InputFile, open_unpacked
 from lwm_data.sources.record import Record, Rejection
 
 VERSION = 1  # raise it when the same file gives other tokens
@@ -36,7 +32,7 @@ def read_chats(file: InputFile, tokenizer: TextTokenizer) -> Iterator[Record | R
                     return
                 if line.strip():
                     yield _read_line(line, where, tokenizer)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except DAMAGED as error:
         yield Rejection(f"{file.key}:{number + 1}", "damaged", f"cannot be unpacked: {error}; the rest is not read")
 
 
@@ -45,7 +41,7 @@ def _read_line(line: bytes, where: str, tokenizer: TextTokenizer) -> Record | Re
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return Rejection(where, "not UTF-8", f"byte 0x{line[error.start]:02x} at offset {error.start:,} of the line")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
         return Rejection(where, "not JSON", str(error))
     problem = _problem(row)
     if problem is not None:
@@ -67,9 +63,11 @@ def _problem(row: Any) -> str | None:
         return f"data: {len(data)} turns; wanted pairs of user and assistant"
     for i, turn in enumerate(data):
         if not isinstance(turn, str) or not turn.strip():
-            return f"data.{i}: got {str(turn)[:40]!r}; wanted the words of a turn"
+            got = repr(turn[:40]) if isinstance(turn, str) else type(turn).__name__
+            return f"data.{i}: got {got}; wanted the words of a turn"
+    for name, text in [("id", row.get("id")), *((f"data.{i}", turn) for i, turn in enumerate(data))]:
         try:
-            turn.encode("utf-8")
+            (text if isinstance(text, str) else "").encode("utf-8")
         except UnicodeEncodeError:
-            return f"data.{i}: holds half of a surrogate pair"
+            return f"{name}: holds half of a surrogate pair"
     return None

@@ -17,13 +17,15 @@ import posixpath
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import fsspec
 import zstandard
 
-MAX_TEXT_BYTES = 1 << 30  # of one book once unpacked; a small .zst can hold far more than memory
+MAX_TEXT_BYTES = 64 << 20  # of one book once unpacked; encoding takes about 58 bytes of memory for each of them
 BLOCK = 1 << 20
+ZSTD_BLOCK = 1 << 10  # packed bytes taken at a time; each can stand for 32 kB, and what they stand for is in memory
+DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)  # what reading a damaged archive raises
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ def find_files(pattern: str, manifest_key: str) -> list[InputFile]:
         fs, inner = fsspec.core.url_to_fs(pattern)
         paths = [str(fs.unstrip_protocol(path)) for path in fs.glob(inner) if fs.isfile(path)]
     else:
-        paths = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
+        # `**/**` names a file once for every way to it.
+        paths = [path for path in set(glob.glob(pattern, recursive=True)) if os.path.isfile(path)]
     if not paths:
         what = "matches no file" if glob.has_magic(pattern) else "no such file"
         raise ValueError(
@@ -57,7 +60,8 @@ def find_files(pattern: str, manifest_key: str) -> list[InputFile]:
 
 
 def _below(path: str, base: str) -> str:
-    return path[len(base) :].lstrip("/") if path.startswith(base) else posixpath.basename(path)
+    key = path[len(base) :].lstrip("/") if path.startswith(base) else posixpath.basename(path)
+    return key.encode("utf-8", "backslashreplace").decode()  # a file's name need not be UTF-8, a key must
 
 
 def hash_file(_: None, file: InputFile) -> InputFile:
@@ -71,6 +75,12 @@ def hash_file(_: None, file: InputFile) -> InputFile:
     return InputFile(file.path, file.key, num_bytes, digest.hexdigest())
 
 
+def check_unchanged(file: InputFile) -> None:
+    """ValueError where `file`, just read, is not what was hashed: its tokens would stand under its old name."""
+    if hash_file(None, file) != file:
+        raise ValueError(f"{file.path}: changed while it was read; build again once nothing writes to it")
+
+
 @contextlib.contextmanager
 def open_unpacked(path: str) -> Iterator[BinaryIO]:
     """The file's bytes, unpacked by its name's ending (.gz, .zst)."""
@@ -78,7 +88,7 @@ def open_unpacked(path: str) -> Iterator[BinaryIO]:
         if path.endswith(".gz"):
             yield io.BufferedReader(gzip.GzipFile(fileobj=raw, mode="rb"), BLOCK)
         elif path.endswith(".zst"):
-            yield io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), BLOCK)
+            yield io.BufferedReader(_ZstdFrames(raw), BLOCK)
         else:
             yield raw
 
@@ -92,7 +102,7 @@ def read_text(path: str) -> str:
     try:
         with open_unpacked(path) as file:
             data = file.read(MAX_TEXT_BYTES + 1)
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+    except DAMAGED as error:
         raise ValueError("damaged", f"cannot be unpacked: {error}") from error
     if len(data) > MAX_TEXT_BYTES:
         raise ValueError("too large", f"more than {MAX_TEXT_BYTES:,} bytes; cut the file into books")
@@ -105,6 +115,34 @@ def read_text(path: str) -> str:
     if not text.strip():
         raise ValueError("empty", f"{len(data):,} bytes without text")
     return text
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The bytes of all frames of a .zst. ZstdError where it ends within one, which zstandard's own reader accepts."""
+
+    def __init__(self, packed: BinaryIO) -> None:
+        self._packed = packed
+        self._frame: zstandard.ZstdDecompressionObj | None = None  # the one that is not at its end
+        self._input = b""
+        self._output = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._output:
+            self._input = self._input or self._packed.read(ZSTD_BLOCK)
+            if not self._input:
+                if self._frame is not None:
+                    raise zstandard.ZstdError("the file is truncated: it ends within a frame")
+                return 0
+            frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._output = memoryview(frame.decompress(self._input))
+            self._frame, self._input = (None, frame.unused_data) if frame.eof else (frame, b"")
+        count = min(len(buffer), len(self._output))
+        buffer[:count] = self._output[:count]
+        self._output = self._output[count:]
+        return count
 
 
 def _open(path: str) -> BinaryIO:

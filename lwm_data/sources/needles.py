@@ -23,7 +23,7 @@ from lwm_data.format.example import text_runs
 from lwm_data.format.prompt import BORDER, CITIES, NEEDLE_DIGITS, needle, needle_answer, needle_prompt, plant
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.manifest import Needles
-from lwm_data.sources.files import InputFile, read_text
+from lwm_data.sources.files import InputFile, check_unchanged, read_text
 from lwm_data.sources.record import Record, Rejection
 
 VERSION = 1  # raise it when the same inputs give other tokens
@@ -105,9 +105,11 @@ def _stretch(haystack: tuple[InputFile, ...], rng: Random, num_chars: int) -> st
     return "\n".join(parts)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # texts of up to MAX_TEXT_BYTES
 def _text(file: InputFile) -> str:
     try:
-        return read_text(file.path)
+        text = read_text(file.path)
     except ValueError as error:
         raise ValueError(f"haystack: {file.path}: {error.args[0]}: {error.args[1]}") from error
+    check_unchanged(file)
+    return text

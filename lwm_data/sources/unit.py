@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.manifest import Books, Chats, Needles
 from lwm_data.sources import books, chats, needles
-from lwm_data.sources.files import InputFile
+from lwm_data.sources.files import InputFile, check_unchanged
 from lwm_data.sources.record import Record, Rejection
 
 
@@ -57,12 +57,16 @@ def plan_units(
 
 
 def read_unit(unit: Unit, tokenizer: TextTokenizer) -> Iterator[Record | Rejection]:
-    """The unit's records in order."""
+    """The unit's records in order. ValueError, at the latest after the last, where a file is not what was hashed."""
     if isinstance(unit.source, Needles):
-        return needles.read_needles(unit.source, unit.seed, unit.files, unit.start, unit.stop, tokenizer)
+        yield from needles.read_needles(unit.source, unit.seed, unit.files, unit.start, unit.stop, tokenizer)
+        return
+    (file,) = unit.files
     if isinstance(unit.source, Books):
-        return books.read_book(unit.files[0], tokenizer)
-    return chats.read_chats(unit.files[0], tokenizer)
+        yield from books.read_book(file, tokenizer)
+    else:
+        yield from chats.read_chats(file, tokenizer)
+    check_unchanged(file)
 
 
 def _fingerprint(made_of: list[object]) -> str:

@@ -107,6 +107,30 @@ def test_killed_at_random_moments_and_run_again_gives_the_same_bytes(project: Ca
     assert unfinished >= NUM_KILLS // 2 and halfway >= NUM_KILLS // 4, "the kills hit builds at work"
 
 
+def test_a_rebuild_killed_at_random_moments_keeps_the_old_dataset_or_gives_the_new(
+    project: Callable[..., Path],
+) -> None:
+    """Never a mixture, and nothing left of either."""
+    keys = {"shard_size": 2048, "sources": SOURCES}
+    old = _bytes(build(project("old", row_length=220, **keys)).out)
+    new = _bytes(build(project("new", row_length=200, seed=1, **keys)).out)
+    rng = random.Random(1)
+    for kill in range(6):
+        manifest = project(f"rebuilt{kill}", row_length=220, **keys)
+        out = build(manifest).out
+        project(f"rebuilt{kill}", row_length=200, seed=1, **keys)
+        process = _start(manifest, 1)
+        _wait_for(process, b"write rows" if kill % 2 else b"tokenize")
+        time.sleep(rng.random() * 0.1)
+        process.send_signal(signal.SIGKILL)
+        _end(process)
+        if (out / "index.json").exists():
+            left = {name: data for name, data in _bytes(out).items() if not name.startswith(".")}
+            assert left in (old, new), f"kill {kill}"
+        build(manifest)
+        assert _bytes(out) == new, f"kill {kill}"
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("stage", [b"tokenize", b"write rows"])
 def test_ctrl_c_exits_130_and_leaves_nothing_half_written(

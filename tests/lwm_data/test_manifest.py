@@ -14,6 +14,7 @@ from lwm_data.manifest import DatasetManifest, read_dataset_manifest
 
 DEMO = Path(__file__).parents[2] / "manifests" / "demo"
 BOOKS = {"name": "b", "type": "books", "path": "books/*.txt"}
+NEEDLES = {"name": "n", "type": "needles", "count": 1, "haystack": "books/*.txt", "tokens": 250}
 
 
 @pytest.mark.parametrize("name", ["dataset", "short", "medium", "heldout"])
@@ -25,6 +26,11 @@ def test_the_demo_s_manifests_are_valid(name: str) -> None:
 @pytest.mark.parametrize(("text", "wanted"), [("256MB", 256_000_000), ("1.5 GB", 1_500_000_000), (4096, 4096)])
 def test_shard_sizes_can_be_written_with_a_unit(project: Callable[..., Path], text: Any, wanted: int) -> None:
     assert read_dataset_manifest(project(shard_size=text)).shard_size == wanted
+
+
+def test_a_number_in_quotes_is_text_and_one_without_is_none(project: Callable[..., Path]) -> None:
+    assert read_dataset_manifest(project(name="2024"), ["name='3e-4'"]).name == "3e-4"
+    assert read_dataset_manifest(project(), ["max_rejected=1e-1"]).max_rejected == 0.1
 
 
 def test_a_number_stands_for_a_range_of_one(project: Callable[..., Path]) -> None:
@@ -47,6 +53,12 @@ def test_a_number_stands_for_a_range_of_one(project: Callable[..., Path]) -> Non
         ({"sources": [BOOKS | {"overflo": "drop"}]}, r"sources.0.overflo: unknown key;.*did you mean `overflow`"),
         ({"sources": [BOOKS | {"overflow": "cut"}]}, r"sources.0.overflow: got 'cut'; wanted 'split', 'truncate'"),
         ({"sources": [BOOKS | {"tokens": {"mini": 3}}]}, r"sources.0.tokens.mini: unknown key;.*`min`"),
+        (
+            {"sources": [NEEDLES | {"needles": 100}]},
+            r"sources.0.*wanted needles.max <= \d+, a city for each fact \(got 100\)",
+        ),
+        ({"out": "memory://x"}, r"out: got 'memory://x'; wanted a folder on disk, no URL"),
+        ({"token_store": "s3://b/store"}, r"token_store: got 's3://b/store'; wanted a folder on disk, no URL"),
         ({"kind": "data"}, r"kind: got 'data'; wanted dataset"),
     ],
 )

@@ -141,6 +141,7 @@ def test_the_same_rows_come_over_an_fsspec_url(mixed: Dataset) -> None:
     for row in (0, len(mixed) - 1):
         for name in NAMES:
             np.testing.assert_array_equal(remote[row][name], mixed[row][name])  # type: ignore[literal-required]
+    assert remote.text_tokenizer == mixed.text_tokenizer
 
 
 def _from_page(sample: dict[str, Any]) -> list[dict[str, np.ndarray]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,15 @@ from hypothesis import strategies as st
 
 from lwm_data.format.example import Run
 from lwm_data.format.vocab import TextTokenizer
-from lwm_data.manifest import Needles, Overflow, Span
+from lwm_data.manifest import Books, Chats, Needles, Overflow, Span
 from lwm_data.sources.books import read_book
 from lwm_data.sources.chats import read_chats
-from lwm_data.sources.files import InputFile, find_files, hash_file
+from lwm_data.sources.files import InputFile, find_files, hash_file, open_unpacked, read_text
 from lwm_data.sources.fit import fit, num_parts
 from lwm_data.sources.needles import read_needles
 from lwm_data.sources.record import Record, Rejection
+from lwm_data.sources.unit import plan_units, read_unit
+from lwm_data.token_store import StoreFile, write_store
 
 
 def _file(path: Path, content: bytes) -> InputFile:
@@ -75,6 +78,68 @@ def test_a_damaged_archive_is_rejected(tmp_path: Path, demo_tokenizer: TextToken
     assert isinstance(rejection, Rejection) and rejection.reason == "damaged"
 
 
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.ZstdCompressor().compress], ids=["gz", "zst"])
+@pytest.mark.parametrize("num_whole", [0, 1])
+def test_a_truncated_archive_is_rejected_wherever_it_ends(
+    tmp_path: Path, demo_tokenizer: TextTokenizer, pack: Callable[[bytes], bytes], num_whole: int, corpus_text: str
+) -> None:
+    packed = pack(corpus_text.encode())
+    ending = "gz" if pack is gzip.compress else "zst"
+    for kept in (1, 3, len(packed) // 2, len(packed) - 1):
+        file = _file(tmp_path / f"a.txt.{ending}", packed * num_whole + packed[:kept])
+        (rejection,) = read_book(file, demo_tokenizer)
+        assert isinstance(rejection, Rejection) and rejection.reason == "damaged", kept
+
+
+def test_the_chats_before_the_end_of_a_truncated_archive_are_kept(
+    tmp_path: Path, demo_tokenizer: TextTokenizer
+) -> None:
+    pack = zstandard.ZstdCompressor().compress
+    lines = [pack(json.dumps({"data": [f"Hi {i}", "Hello"]}).encode() + b"\n") for i in range(3)]
+    found = list(read_chats(_file(tmp_path / "c.jsonl.zst", b"".join(lines)[:-2]), demo_tokenizer))
+    assert [isinstance(record, Record) for record in found] == [True, True, False]
+    assert isinstance(found[2], Rejection) and (found[2].key, found[2].reason) == ("c.jsonl.zst:3", "damaged")
+
+
+@given(parts=st.lists(st.binary(max_size=300_000), max_size=4), repeat=st.integers(1, 30))
+def test_a_zst_of_several_frames_is_read_to_its_end(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[bytes], repeat: int
+) -> None:
+    skippable = (0x184D2A50).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"notes"
+    packed = skippable.join(zstandard.ZstdCompressor().compress(part * repeat) for part in parts)
+    path = tmp_path_factory.mktemp("zst") / "a.zst"
+    path.write_bytes(packed)
+    with open_unpacked(str(path)) as file:
+        assert file.read() == b"".join(part * repeat for part in parts)
+
+
+def test_a_text_larger_than_the_limit_is_rejected_before_it_is_encoded(tmp_path: Path) -> None:
+    file = _file(tmp_path / "a.txt.zst", zstandard.ZstdCompressor().compress(b"a" * ((64 << 20) + 1)))
+    with pytest.raises(ValueError) as error:
+        read_text(file.path)
+    assert error.value.args[0] == "too large"
+
+
+def test_a_file_that_changes_while_it_is_read_gives_no_store_file(
+    tmp_path: Path, demo_tokenizer: TextTokenizer, haystack: tuple[InputFile, ...]
+) -> None:
+    book = hash_file(None, _file(tmp_path / "a.book", b"one text"))
+    chat = hash_file(None, _file(tmp_path / "c.jsonl", b'{"data": ["Hi", "Hello"]}'))
+    sources: list[Books | Chats | Needles] = [
+        Books(name="b", type="books", path="x"),
+        Chats(name="c", type="chats", path="x"),
+        _needles(count=1),
+    ]
+    for source, files in zip(sources, [(book,), (chat,), haystack], strict=True):
+        (unit,) = plan_units(source, files, 0, demo_tokenizer)
+        for file in files:
+            content = Path(file.path).read_bytes()
+            Path(file.path).write_bytes(content + b"\n")
+        with pytest.raises(ValueError, match="changed while it was read; build again"):
+            write_store(tmp_path / unit.file_name, read_unit(unit, demo_tokenizer))
+        assert not (tmp_path / unit.file_name).exists()
+
+
 def test_a_chat_trains_the_assistant_and_the_eos_after_it(tmp_path: Path, demo_tokenizer: TextTokenizer) -> None:
     line = json.dumps({"id": "7", "data": ["Hello!", "Good day.", "Bye!", "Farewell."]})
     (record,) = read_chats(_file(tmp_path / "c.jsonl", line.encode()), demo_tokenizer)
@@ -103,6 +168,37 @@ def test_bad_chats_are_rejected_by_line_and_the_others_kept(tmp_path: Path, demo
     assert keys == [f"c.jsonl:{n}" for n in (1, 2, 3, 4, 5, 6, 7, 8, 10)]
     reasons = [record.reason if isinstance(record, Rejection) else "kept" for record in found]
     assert reasons == ["kept", "not JSON", *["not a chat"] * 5, "not UTF-8", "kept"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"id": "\\ud800", "data": ["a", "b"]}', "not a chat"),
+        (b'{"id": %s, "data": ["a", "b"]}' % (b"1" * 5000), "not JSON"),
+        (b'{"id": 1, "data": [%s1%s, "b"]}' % (b"[" * 900, b"]" * 900), "not a chat"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+    ids=["surrogate", "digits", "deep turn", "deep"],
+)
+def test_one_hostile_line_is_rejected_and_the_next_kept(
+    tmp_path: Path, demo_tokenizer: TextTokenizer, line: bytes, reason: str
+) -> None:
+    file = _file(tmp_path / "c.jsonl", line + b'\n{"id": "good", "data": ["a", "b"]}\n')
+    write_store(tmp_path / "c.arrow", read_chats(file, demo_tokenizer))
+    store = StoreFile(tmp_path / "c.arrow")
+    (rejection,) = store.rejections()
+    assert (rejection.key, rejection.reason) == ("c.jsonl:1", reason)
+    assert len(store) == 2 and store.key(1) == "good"
+
+
+def test_a_file_name_that_is_not_utf8_gives_a_key_that_can_be_written(
+    tmp_path: Path, demo_tokenizer: TextTokenizer
+) -> None:
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("some text")
+    (file,) = find_files(f"{tmp_path}/*.txt", "path")
+    assert file.key == "caf\\udce9.txt"
+    write_store(tmp_path / "a.arrow", read_book(file, demo_tokenizer))
+    assert StoreFile(tmp_path / "a.arrow").key(0) == file.key
 
 
 def _needles(**keys: object) -> Needles:
@@ -172,6 +268,12 @@ def test_a_missing_file_names_key_and_path(tmp_path: Path) -> None:
         find_files(str(tmp_path / "none" / "*.txt"), "sources.0.path")
     with pytest.raises(ValueError, match="no such file"):
         find_files(str(tmp_path / "none.txt"), "sources.0.path")
+
+
+def test_a_file_that_a_pattern_names_twice_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "book.txt").write_text("A book.")
+    assert [file.key for file in find_files(f"{tmp_path}/**/**/*.txt", "path")] == ["a/b/book.txt"]
 
 
 def test_keys_are_relative_to_the_folder_before_the_first_wildcard(tmp_path: Path) -> None:

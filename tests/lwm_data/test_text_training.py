@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lwm_data.format.manifest import quoted
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
 from lwm_data.text_training import train_text_tokenizer
 
@@ -51,6 +55,36 @@ def test_training_again_gives_the_same_bytes(tmp_path: Path, corpus_text: str) -
     tokenizer = load_text_tokenizer(tmp_path / "one" / "t.yaml")
     assert (tokenizer.bos, tokenizer.eos) == (1, 2)
     assert (tmp_path / "one" / "t.yaml").read_text().startswith("# lwm-data tokenizer train-text ")
+
+
+@pytest.mark.parametrize("stem", ["2048", "3e-4", "llama: 2", 'say "ü" 😀', "null", "two\nlines", "# c"])
+def test_a_tokenizer_may_have_any_name(tmp_path: Path, corpus_text: str, stem: str) -> None:
+    (tmp_path / "a\nb.txt").write_text(corpus_text, encoding="utf-8")
+    tokenizer = train_text_tokenizer([str(tmp_path / "a\nb.txt")], 330, tmp_path / f"{stem}.yaml")
+    assert tokenizer.name == stem
+    tokenizer.save(tmp_path)
+    assert load_text_tokenizer(tmp_path / "text_tokenizer.yaml") == tokenizer
+
+
+@given(name=st.text(st.characters(codec="utf-8"), min_size=1, max_size=200))
+def test_a_quoted_name_is_read_as_it_was_written(name: str) -> None:
+    text = quoted(name)
+    assert "\n" not in text and yaml.safe_load(f"name: {text}\nx: 1\n") == {"name": name, "x": 1}
+
+
+def test_a_truncated_archive_of_chats_names_file_and_line(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"data": [f"{i} {i * i} {i**5}", "Good day."]}) + "\n" for i in range(9000))
+    packed = gzip.compress(lines.encode())
+    (tmp_path / "c.jsonl.gz").write_bytes(packed[:-20])
+    with pytest.raises(ValueError, match=r"c\.jsonl\.gz: line \d+: damaged"):
+        train_text_tokenizer([str(tmp_path / "c.jsonl.gz")], 300, tmp_path / "t.yaml")
+
+
+@pytest.mark.parametrize("line", [b'{"data": ["\\ud800"]}', b"[" * 100_000, b"1" * 5000, b"{}"])
+def test_a_line_that_is_no_chat_is_named_and_blank_lines_are_skipped(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "c.jsonl").write_bytes(b'{"data": ["Hello there!", "Good day."]}\n\n \n' + line)
+    with pytest.raises(ValueError, match=r"c\.jsonl: line 4: not a chat"):
+        train_text_tokenizer([str(tmp_path / "c.jsonl")], 300, tmp_path / "t.yaml")
 
 
 def test_a_vocabulary_too_large_for_the_text_is_refused(tmp_path: Path) -> None:
