@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from lwm_data.format.atomic import write_whole
 from lwm_train.config import CheckpointSpec, ModelConfig
 from lwm_train.mesh import tree_shardings
 from lwm_train.model import LOGICAL_AXES, Params, init_params
@@ -66,13 +66,7 @@ class Checkpoints:
 
 def write_run_file(run: Path, content: dict[str, Any]) -> None:
     """Write run.json atomically."""
-    temporary = run / f".{RUN_FILE}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, run / RUN_FILE)
+    write_whole(run / RUN_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def read_run_file(run: str | Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import json
 import time
 from pathlib import Path
 
+from lwm_data.format.atomic import write_whole
 from lwm_data.terminal import RunFailed
 from lwm_train.config import TrainManifest
 from lwm_train.optimizer import make_schedule
@@ -88,6 +89,4 @@ def drop_metrics_after(run: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):  # the last line of a killed run can be cut
             continue
-    temporary = path.with_name(f".{METRICS}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(kept))

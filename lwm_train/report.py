@@ -13,13 +13,13 @@ Figures are inline SVG and tables; lines stretch with the page, so their labels 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
 
+from lwm_data.format.atomic import write_whole
 from lwm_data.format.dataset import Dataset
 from lwm_train.evaluate.heldout import HeldoutLoss
 from lwm_train.evaluate.needle import CHANCE, NeedleAnswer, NeedleResult
@@ -110,9 +110,7 @@ def write_report(path: Path, content: ReportContent) -> None:
         answers=_chosen_answers(content.needle),
         chance=CHANCE,
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, page)
 
 
 def _source_names(content: ReportContent) -> list[str]:

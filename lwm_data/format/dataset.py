@@ -27,6 +27,7 @@ import fsspec
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from lwm_data.format.atomic import write_whole
 from lwm_data.format.packed import Arrays, LossWeighting, PackedSequence, Packing
 from lwm_data.format.shard import RangeReader, Shard
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
@@ -94,13 +95,7 @@ class DatasetInfo(_Frozen):
 
 def write_index(folder: Path, info: DatasetInfo) -> None:
     """Write index.json atomically; from then on the folder is a dataset."""
-    temporary = folder / f".{INDEX}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(info.model_dump(), file, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / INDEX)
+    write_whole(folder / INDEX, json.dumps(info.model_dump(), indent=1) + "\n")
 
 
 class Dataset:

@@ -11,7 +11,6 @@ needs no new row.
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ import sentencepiece
 from jaxtyping import Int32
 from pydantic import Field
 
+from lwm_data.format.atomic import write_whole
 from lwm_data.format.manifest import ManifestModel, ManifestPath, quoted, read_manifest
 
 CODES_PER_FRAME = 256  # 16 x 16 patches of a 256 x 256 frame
@@ -92,22 +92,12 @@ class TextTokenizer:
 
     def save(self, folder: Path) -> None:
         """Write `text_tokenizer.model` and its spec `text_tokenizer.yaml` to `folder`, each whole or not at all."""
-        _write_whole(folder / "text_tokenizer.model", self.model_bytes)
+        write_whole(folder / "text_tokenizer.model", self.model_bytes)
         spec = (
             f"kind: text_tokenizer\nname: {quoted(self.name)}\nmodel: text_tokenizer.model\n"
             f"sha256: {hashlib.sha256(self.model_bytes).hexdigest()}\nbos: {self.bos}\neos: {self.eos}\n"
         )
-        _write_whole(folder / "text_tokenizer.yaml", spec.encode())
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """Write `data` to `path`, fsynced and renamed. The temporary has one name, so that none is ever left for good."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+        write_whole(folder / "text_tokenizer.yaml", spec)
 
 
 def load_text_tokenizer(spec: str | Path) -> TextTokenizer:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lwm_data.format.atomic import write_whole
 from lwm_data.format.dataset import open_dataset
 from lwm_data.format.prompt import chat_prompt
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
@@ -91,12 +92,7 @@ def evaluate_run(manifest: EvalManifest) -> dict[str, Any]:
         )
         texts = _texts(tokenizer, out)
         result["samples"] = [{"prompt": p, "text": t} for p, t in zip(s.prompts, texts, strict=True)]
-    temporary = path.with_name(f".{EVAL_FILE}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(result, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_whole(path, json.dumps(result, indent=1) + "\n")
     return result
 
 
