@@ -1,6 +1,7 @@
 """Builds a dataset: manifest -> units -> token store -> rows -> shards -> index.
 
     find and hash    input files                                  what is there, and is it what was built before?
+    encode           unit -> file of codes                        of pictures and videos: the most expensive, by far
     tokenize         unit -> token store file                     expensive; kept for every row length
     plan             lengths -> examples, rejected.jsonl, rows    cheap; reads no token
     write            rows -> shard, examples table, record        expensive again
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,17 +28,21 @@ from lwm_data.example_plan import ExamplePlan, plan_examples
 from lwm_data.format.dataset import FORMAT_VERSION, DatasetInfo, SourceCounts
 from lwm_data.format.shard import rows_per_page
 from lwm_data.format.vocab import VISION_VOCAB_SIZE, TextTokenizer, load_text_tokenizer
-from lwm_data.manifest import DatasetManifest, Needles, read_dataset_manifest
-from lwm_data.pack import Cut, best_fit, concatenate_and_cut
+from lwm_data.manifest import DatasetManifest, read_dataset_manifest
+from lwm_data.manifest_sources import AnySource, Needles
+from lwm_data.mix import mixed_order
+from lwm_data.pack import ALONE, Cut, pack
 from lwm_data.shard_rows import RowFormat, ShardRows, StoreRef, write_shard_rows
-from lwm_data.sources.files import find_files, hash_file
-from lwm_data.sources.unit import Unit, input_glob, plan_units, read_unit
+from lwm_data.sources.files import InputFile, find_files, hash_file
+from lwm_data.sources.unit import Unit, group_input, input_glob, plan_units, read_unit
 from lwm_data.summary import dataset_card
 from lwm_data.terminal import Progress
 from lwm_data.token_store import StoreFile, write_store
+from lwm_data.vision.spec import VisionTokenizerSpec, read_vision_tokenizer_spec, save_vision_tokenizer
+from lwm_data.vision.spec import vision_tokenizer_fingerprint as vision_fingerprint
 from lwm_data.work_folder import ShardRecord, WorkFolder, refuse_foreign
 
-VERSION = 2  # raise it when the same units give other rows
+VERSION = 3  # raise it when the same units give other rows
 
 
 @dataclass(frozen=True)
@@ -62,16 +67,19 @@ def build(manifest_path: str | Path, overrides: Sequence[str] = (), workers: int
     store = Path(manifest.token_store) if manifest.token_store else out.parent / "token-store"
     refuse_foreign(out)
     tokenizer = load_text_tokenizer(manifest.text_tokenizer)
+    vision = read_vision_tokenizer_spec(manifest.vision_tokenizer) if manifest.vision_tokenizer else None
     _check_lengths(manifest)
-    units = _plan_units(manifest, tokenizer, workers)
+    units = _plan_units(manifest, tokenizer, vision)
     described = describe(manifest, folder)
     parts = [VERSION, FORMAT_VERSION, described, tokenizer.fingerprint, [unit.fingerprint for unit in units]]
+    parts += [vision_fingerprint(vision)] if vision else []
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     with WorkFolder(out) as work:
         info = work.finished(fingerprint)
         if info is not None:
             return BuildResult(out, info, built=False)
+        _encode(units, store, manifest.vision_tokenizer, workers)
         _tokenize(units, store, tokenizer, workers)
         sources = [unit.source for unit in units]
         plan = plan_examples(manifest, sources, _paths(units, store), work.planned_rejected)
@@ -79,9 +87,17 @@ def build(manifest_path: str | Path, overrides: Sequence[str] = (), workers: int
         stores = (StoreRef(store / unit.file_name, unit.source.name, unit.source.overflow) for unit in units)
         dtype = "uint16" if max(tokenizer.vocab_size, VISION_VOCAB_SIZE) <= 1 << 16 else "uint32"
         form = RowFormat(out, tuple(stores), manifest.row_length, dtype, manifest.packing, manifest.loss_weighting)
-        records = _write_shards(manifest, form, plan, work, workers)
-        info = _info(manifest, described, fingerprint, tokenizer, dtype, plan, records)
+        shares = [source.share for source in manifest.sources]
+        order = mixed_order(plan.sources, plan.lengths, shares, manifest.share_by, manifest.seed)
+        records = _write_shards(manifest, form, plan, order, work, workers)
+        num_sources = len(manifest.sources)
+        left_out = np.bincount(plan.sources, minlength=num_sources) - np.bincount(
+            plan.sources[order], minlength=num_sources
+        )
+        info = _info(manifest, described, fingerprint, tokenizer, vision, dtype, plan, left_out.tolist(), records)
         tokenizer.save(out)
+        if vision:
+            save_vision_tokenizer(vision, out)
         with whole_file(out / "README.md") as file:
             file.write(dataset_card(info).encode())
         work.finish(info)
@@ -111,12 +127,12 @@ def _check_lengths(manifest: DatasetManifest) -> None:
             )
 
 
-def _plan_units(manifest: DatasetManifest, tokenizer: TextTokenizer, workers: int) -> list[Unit]:
-    found = []
+def _plan_units(manifest: DatasetManifest, tokenizer: TextTokenizer, vision: VisionTokenizerSpec | None) -> list[Unit]:
+    groups: list[tuple[AnySource, list[tuple[InputFile, ...]]]] = []
     for i, source in enumerate(manifest.sources):
         pattern, key = input_glob(source)
-        found.append(find_files(pattern, f"sources.{i}.{key}"))
-    distinct = {file: file for files in found for file in files}
+        groups.append((source, group_input(source, find_files(pattern, f"sources.{i}.{key}"))))
+    distinct = {file: file for _, of in groups for files in of for file in files}
     with Progress("read input", len(distinct), "files") as progress:
         num_bytes = 0
         for file, hashed in zip(distinct, run_units(hash_file, None, distinct, 1), strict=True):
@@ -124,9 +140,31 @@ def _plan_units(manifest: DatasetManifest, tokenizer: TextTokenizer, workers: in
             num_bytes += hashed.num_bytes
             progress.advance(1, f"{num_bytes / 1e6:,.1f} MB")
     units = []
-    for source, files in zip(manifest.sources, found, strict=True):
-        units += plan_units(source, tuple(distinct[file] for file in files), manifest.seed, tokenizer)
+    for source, of in groups:
+        hashed_groups = [tuple(distinct[file] for file in files) for files in of]
+        fingerprint = vision_fingerprint(vision) if vision else None
+        units += plan_units(source, hashed_groups, manifest.seed, tokenizer, fingerprint)
     return units
+
+
+def _encode(units: list[Unit], store: Path, vision_tokenizer: str | None, workers: int) -> None:
+    coded = {store / unit.codes: unit for unit in units if unit.codes}
+    if not coded:
+        return
+    from lwm_data.encode import Encoding, default_device, encode_unit  # brings torch, which packing text does not need
+
+    assert vision_tokenizer is not None
+    store.mkdir(parents=True, exist_ok=True)
+    missing = [unit for path, unit in coded.items() if not path.is_file()]
+    with Progress("encode", len(coded), "units") as progress:
+        progress.advance(
+            len(coded) - len(missing), "the rest is in the token store" if len(missing) < len(coded) else ""
+        )
+        shared = Encoding(store, vision_tokenizer, default_device())
+        num_frames = 0
+        for count in run_units(encode_unit, shared, missing, min(workers, max(1, len(missing)))):
+            num_frames += count
+            progress.advance(1, f"{num_frames:,} frames")
 
 
 def _paths(units: list[Unit], store: Path) -> list[Path]:
@@ -159,12 +197,12 @@ def _tokenize(units: list[Unit], store: Path, tokenizer: TextTokenizer, workers:
 def _tokenize_unit(shared: _Tokenizing, unit: Unit) -> int:
     """Write the unit's store file; returns its tokens."""
     path = shared.store / unit.file_name
-    write_store(path, read_unit(unit, shared.tokenizer))
+    write_store(path, read_unit(unit, shared.tokenizer, shared.store))
     return int(StoreFile(path).lengths().sum())
 
 
 def _write_shards(
-    manifest: DatasetManifest, form: RowFormat, plan: ExamplePlan, work: WorkFolder, workers: int
+    manifest: DatasetManifest, form: RowFormat, plan: ExamplePlan, order: np.ndarray, work: WorkFolder, workers: int
 ) -> list[ShardRecord]:
     dtype = np.dtype(form.dtype)
     rows_per_shard = max(1, manifest.shard_size // (form.row_length * dtype.itemsize))
@@ -173,14 +211,14 @@ def _write_shards(
     done: dict[str, ShardRecord] = {}
 
     def todo() -> Iterator[ShardRows]:
-        for shard in _shards(manifest, plan, rows_per_shard):
+        for shard in _shards(manifest, plan, order, rows_per_shard):
             record = work.record(shard.name)
             if record is None:
                 yield shard
             else:
                 done[shard.name] = record
 
-    num_tokens = int(plan.lengths.sum())
+    num_tokens = int(plan.lengths[order].sum())
     with Progress("write rows", num_tokens, "tokens") as progress:
         for record in run_units(write_shard_rows, form, todo(), min(workers, -(-num_tokens // manifest.shard_size))):
             done[record.shard.name] = record
@@ -188,14 +226,13 @@ def _write_shards(
     return [done[name] for name in sorted(done)]
 
 
-def _shards(manifest: DatasetManifest, plan: ExamplePlan, rows_per_shard: int) -> Iterator[ShardRows]:
-    order = plan.order(manifest.seed)
-    lengths = plan.lengths[order]
-    rows: Iterable[list[Cut]]
-    if manifest.packing == "naive":
-        rows = concatenate_and_cut(lengths, manifest.row_length)
-    else:
-        rows = ([(i, 0, int(lengths[i])) for i in row] for row in best_fit(lengths, manifest.row_length))
+def _shards(
+    manifest: DatasetManifest, plan: ExamplePlan, order: np.ndarray, rows_per_shard: int
+) -> Iterator[ShardRows]:
+    sources = manifest.sources
+    group_of = {"any": len(sources), "none": ALONE}
+    groups = np.array([group_of.get(source.pack_with, i) for i, source in enumerate(sources)], np.int32)
+    rows = pack(plan.lengths[order], groups[plan.sources[order]], manifest.row_length, manifest.packing)
     held: list[list[Cut]] = []
     number = 0
     for row in rows:
@@ -220,16 +257,18 @@ def _info(
     described: dict[str, Any],
     fingerprint: str,
     tokenizer: TextTokenizer,
+    vision: VisionTokenizerSpec | None,
     dtype: Any,
     plan: ExamplePlan,
+    left_out: list[int],
     records: list[ShardRecord],
 ) -> DatasetInfo:
     sources = {}
-    for name, (num_records, num_rejected) in plan.records_of.items():
+    for (name, (num_records, num_rejected)), unused in zip(plan.records_of.items(), left_out, strict=True):
         counts = [record.sources[name] for record in records if name in record.sources]
         fields = ("examples", "tokens", "vision_tokens", "trained_tokens")
         summed = {field: sum(getattr(of, field) for of in counts) for field in fields}
-        sources[name] = SourceCounts(records=num_records, rejected=num_rejected, **summed)
+        sources[name] = SourceCounts(records=num_records, rejected=num_rejected, left_out=unused, **summed)
     return DatasetInfo(
         format_version=FORMAT_VERSION,
         name=manifest.name,
@@ -243,6 +282,7 @@ def _info(
         num_trained=sum(record.num_trained for record in records),
         text_vocab_size=tokenizer.vocab_size,
         tokenizer_fingerprint=tokenizer.fingerprint,
+        vision_tokenizer_fingerprint=vision_fingerprint(vision) if vision else None,
         build_fingerprint=fingerprint,
         sources=sources,
         rejected=plan.reasons,

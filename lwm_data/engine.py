@@ -102,7 +102,7 @@ class _Pool:
         self.connections: list[Connection] = []
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(function, shared, theirs), daemon=True)
+            process = context.Process(target=_work, args=(function, shared, theirs))  # no daemon: it has children
             process.start()
             theirs.close()
             self.processes.append(process)

@@ -1,5 +1,6 @@
 """The plan of all examples, from the lengths in the token store alone, and the list of what was not taken.
 
+sources  0 0 0 0 1 ...     number in the manifest
 units    0 0 0 1 2 ...     number of the store file
 records  0 1 1 0 3 ...     number in that file
 parts    0 0 1 0 0 ...     of a record that was split
@@ -8,7 +9,6 @@ lengths  9 5 2 7 4 ...     tokens
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections import Counter
@@ -20,22 +20,25 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from lwm_data.engine import whole_file
-from lwm_data.manifest import Books, Chats, DatasetManifest, Needles
-from lwm_data.sources.fit import num_parts
+from lwm_data.manifest import DatasetManifest
+from lwm_data.manifest_sources import AnySource, Books, Needles
+from lwm_data.sources.fit import FRAME, RunShape, num_text_parts, part_lengths
 from lwm_data.sources.record import Rejection
 from lwm_data.token_store import StoreFile
 
 SHOWN = 3  # bad records that an error message names
-REMEDY = {"books": "set overflow: split", "chats": "set overflow: drop", "needles": "lower tokens.max"}
+REMEDY = {"books": "split", "videos": "thin"}
+NOT_WHOLE = ("truncated", "thinned")  # reasons of records that are taken all the same
 
 
 @dataclass(frozen=True)
 class ExamplePlan:
-    """units, records, parts, lengths: of each example, as drawn above, in the order of the input.
+    """sources, units, records, parts, lengths: of each example, as drawn above, in the order of the input.
 
-    records_of: source -> (records, rejected). reasons: of rejections and truncations -> records.
+    records_of: source -> (records, rejected). reasons: why records were rejected, cut or split -> records.
     """
 
+    sources: Int32[np.ndarray, " n"]
     units: Int32[np.ndarray, " n"]
     records: Int32[np.ndarray, " n"]
     parts: Int32[np.ndarray, " n"]
@@ -43,17 +46,9 @@ class ExamplePlan:
     records_of: dict[str, tuple[int, int]]
     reasons: dict[str, int]
 
-    def order(self, seed: int) -> Int64[np.ndarray, " n"]:
-        """A permutation of the examples, a function of `seed`; ours, so that no library can change it."""
-        start = np.uint64(int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:8], "little"))
-        x = np.arange(1, len(self.lengths) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start  # splitmix64
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-        return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
-
 
 def plan_examples(
-    manifest: DatasetManifest, sources: Sequence[Books | Chats | Needles], stores: Sequence[Path], rejected: Path
+    manifest: DatasetManifest, sources: Sequence[AnySource], stores: Sequence[Path], rejected: Path
 ) -> ExamplePlan:
     """The plan of the store files `stores`, each of the source beside it; writes `rejected`, one JSON object a line.
 
@@ -65,41 +60,52 @@ def plan_examples(
     reasons: Counter[str] = Counter()
     bad: dict[str, list[Rejection]] = {source.name: [] for source in manifest.sources}
     num_bad: Counter[str] = Counter()
+    numbers = {source.name: number for number, source in enumerate(manifest.sources)}
     with whole_file(rejected) as file:
         for unit, (source, path) in enumerate(zip(sources, stores, strict=True)):
             store = StoreFile(path)
             damaged = store.rejections()
             num_bad[source.name] += len(damaged)
             bad[source.name] += damaged[: SHOWN - len(bad[source.name])]
-            lengths, parts, notes = _fit_unit(manifest, source, store)
+            fitted, notes = _fit_unit(manifest, source, store)
             for note in itertools.chain(damaged, notes):
                 line = {"source": source.name, "key": note.key, "reason": note.reason, "detail": note.detail}
                 file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 reasons[note.reason] += 1
             records_of[source.name][0] += len(store)
-            records_of[source.name][1] += len(damaged) + sum(note.reason != "truncated" for note in notes)
-            columns.append(_columns(unit, lengths, parts, manifest, source))
+            records_of[source.name][1] += len(damaged) + sum(note.reason not in NOT_WHOLE for note in notes)
+            if num_split := int((fitted.parts > 1).sum()):
+                reasons["split"] += num_split
+            columns.append((np.full(len(fitted.of), numbers[source.name], np.int32), *_columns(unit, fitted)))
     for i, source in enumerate(manifest.sources):
         _refuse_bad(
             f"sources.{i}", records_of[source.name][0], num_bad[source.name], bad[source.name], manifest, rejected
         )
-    units, records, all_parts, all_lengths = (np.concatenate(column) for column in zip(*columns, strict=True))
+    of_source, units, records, parts, lengths = (np.concatenate(column) for column in zip(*columns, strict=True))
     if not len(units):
         raise ValueError(f"{manifest.name}: no record is left to build from; {rejected} tells why")
     return ExamplePlan(
+        of_source,
         units,
         records,
-        all_parts,
-        all_lengths,
+        parts,
+        lengths,
         {name: (of[0], of[1]) for name, of in records_of.items()},
         dict(sorted(reasons.items())),
     )
 
 
-def _fit_unit(
-    manifest: DatasetManifest, source: Books | Chats | Needles, store: StoreFile
-) -> tuple[np.ndarray, np.ndarray, list[Rejection]]:
-    """Length and number of parts of each record, and what is rejected or cut by the manifest's wish."""
+@dataclass(frozen=True)
+class _Fitted:
+    """parts: of each record, the examples it becomes. of: of each example, its record; lengths: its tokens."""
+
+    parts: Int64[np.ndarray, " records"]
+    of: Int64[np.ndarray, " n"]
+    lengths: Int64[np.ndarray, " n"]
+
+
+def _fit_unit(manifest: DatasetManifest, source: AnySource, store: StoreFile) -> tuple[_Fitted, list[Rejection]]:
+    """What the store's records become, and what is rejected or cut by the manifest's wish."""
     lengths = store.lengths()
     parts = np.where(lengths > 0, 1, 0)
     notes = []
@@ -111,34 +117,63 @@ def _fit_unit(
         for i in np.flatnonzero(lengths > most).tolist() if most is not None else ():
             notes.append(Rejection(store.key(i), "too long", f"{lengths[i]:,} tokens; tokens.max is {most:,}"))
             parts[i] = 0
-    if manifest.packing == "naive":
-        return lengths, parts, notes
-    fitted = num_parts(lengths, manifest.row_length, source.overflow)
-    for i in np.flatnonzero((parts > 0) & (lengths > manifest.row_length)).tolist():
-        key, number = store.key(i), f"{lengths[i]:,} tokens"
-        if source.overflow == "error":
-            raise ValueError(
-                f"{source.name}: {key}: {number} do not fit a row of {manifest.row_length:,} (row_length); "
-                f"{REMEDY[source.type]}, or raise row_length"
-            )
-        if source.overflow == "truncate":
-            notes.append(Rejection(key, "truncated", f"{number}; kept the first {manifest.row_length:,}"))
-        elif source.overflow == "drop":
-            notes.append(Rejection(key, "longer than a row", f"{number}; row_length is {manifest.row_length:,}"))
-    return lengths, np.where(parts > 0, fitted, 0), notes
-
-
-def _columns(
-    unit: int, lengths: np.ndarray, parts: np.ndarray, manifest: DatasetManifest, source: Books | Chats | Needles
-) -> tuple[np.ndarray, ...]:
-    records = np.repeat(np.arange(len(lengths)), parts)
-    firsts = np.repeat(np.cumsum(parts) - parts, parts)
-    part = np.arange(len(records)) - firsts
-    whole = lengths[records]
+    with_vision: dict[int, list[int]] = {}  # record -> lengths of its parts
     if manifest.packing == "masked":
+        row_length = manifest.row_length
+        fitted = num_text_parts(lengths, row_length, source.overflow)
+        for i in np.flatnonzero((parts > 0) & (lengths > row_length)).tolist():
+            shape = store.shape(i)
+            if source.overflow == "thin" or any(run.is_vision for run in shape):
+                with_vision[i] = _part_lengths(manifest, source, store.key(i), shape)
+                fitted[i] = len(with_vision[i])
+            note = _overflow_note(manifest, source, store.key(i), int(lengths[i]), with_vision.get(i), int(fitted[i]))
+            notes += [note] if note is not None else []
+        parts = np.where(parts > 0, fitted, 0)
+    of = np.repeat(np.arange(len(parts)), parts)
+    whole = lengths[of]
+    if manifest.packing == "masked":
+        part = np.arange(len(of)) - np.repeat(np.cumsum(parts) - parts, parts)
         left = whole - 1 - part * (manifest.row_length - 1)
         whole = np.minimum(np.minimum(left, manifest.row_length - 1) + 1, whole)
-    return np.full(len(records), unit, np.int32), records.astype(np.int32), part.astype(np.int32), whole
+        firsts = np.cumsum(parts) - parts
+        for i, of_parts in with_vision.items():
+            whole[firsts[i] : firsts[i] + len(of_parts)] = of_parts
+    return _Fitted(parts, of, whole), notes
+
+
+def _part_lengths(manifest: DatasetManifest, source: AnySource, key: str, shape: tuple[RunShape, ...]) -> list[int]:
+    try:
+        return part_lengths(shape, manifest.row_length, source.overflow)
+    except ValueError as error:
+        raise ValueError(f"{source.name}: {key}: {error}; raise row_length, or set overflow: drop") from error
+
+
+def _overflow_note(
+    manifest: DatasetManifest, source: AnySource, key: str, length: int, of_parts: list[int] | None, num_parts: int
+) -> Rejection | None:
+    """What is told of a record of `length` tokens that is longer than a row."""
+    number = f"{length:,} tokens"
+    if source.overflow == "error":
+        remedy = f"set overflow: {REMEDY.get(source.type, 'drop')}, or raise row_length"
+        if isinstance(source, Needles):
+            remedy = "lower tokens.max, or raise row_length"
+        raise ValueError(
+            f"{source.name}: {key}: {number} do not fit a row of {manifest.row_length:,} (row_length); {remedy}"
+        )
+    if num_parts == 0:
+        return Rejection(key, "longer than a row", f"{number}; row_length is {manifest.row_length:,}")
+    kept = of_parts[0] if of_parts else manifest.row_length
+    if source.overflow == "truncate":
+        return Rejection(key, "truncated", f"{number}; kept the first {kept:,}")
+    if source.overflow == "thin":
+        return Rejection(key, "thinned", f"{number}; kept {kept:,}, with {(length - kept) // FRAME:,} frames fewer")
+    return None
+
+
+def _columns(unit: int, fitted: _Fitted) -> tuple[np.ndarray, ...]:
+    firsts = np.cumsum(fitted.parts) - fitted.parts
+    part = np.arange(len(fitted.of)) - firsts[fitted.of]
+    return np.full(len(part), unit, np.int32), fitted.of.astype(np.int32), part.astype(np.int32), fitted.lengths
 
 
 def _refuse_bad(

@@ -21,9 +21,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from lwm_data.format.manifest import ManifestModel, ManifestPath, read_manifest
 from lwm_data.format.packed import LossWeighting, Packing
-from lwm_data.format.prompt import CITIES
+from lwm_data.manifest_sources import Images, Source, Videos
 
-Overflow = Literal["split", "truncate", "drop", "error"]
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -34,10 +33,6 @@ def _bytes(value: Any) -> Any:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _range(value: Any) -> Any:
-    return {"min": value, "max": value} if isinstance(value, int) else value
-
-
 def _on_disk(value: str) -> str:
     if "://" in value:
         raise ValueError("a folder on disk, no URL; build there and copy it")
@@ -45,73 +40,6 @@ def _on_disk(value: str) -> str:
 
 
 FolderPath = Annotated[ManifestPath, AfterValidator(_on_disk)]
-
-
-class Span(ManifestModel):
-    """Of a number that is drawn or filtered: min <= number <= max. Where it stands, one number alone means both."""
-
-    min: int = Field(ge=1)
-    max: int = Field(ge=1)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Span:
-        if self.min > self.max:
-            raise ValueError(f"min <= max (got min {self.min}, max {self.max})")
-        return self
-
-
-Count = Annotated[Span, BeforeValidator(_range)]
-
-
-class TokenFilter(ManifestModel):
-    """Records with fewer or more tokens than this are rejected."""
-
-    min: int = Field(default=1, ge=1)
-    max: int | None = Field(default=None, ge=1)
-
-
-class Books(ManifestModel):
-    """Plain text, one file one record; .gz and .zst are unpacked on the way."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    type: Literal["books"]
-    path: ManifestPath = Field(description="glob of UTF-8 text files, one book each")
-    tokens: TokenFilter = Field(default=TokenFilter(), description="which books to take, by their whole length")
-    overflow: Overflow = Field(default="split", description="what to do with a book longer than a row")
-    trained: Literal["all"] = "all"
-
-
-class Chats(ManifestModel):
-    """UltraChat rows: {"id": ..., "data": [user, assistant, user, ...]}, one a line."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    type: Literal["chats"]
-    path: ManifestPath = Field(description="glob of .jsonl, .jsonl.gz or .jsonl.zst files")
-    overflow: Literal["truncate", "drop", "error"] = Field(default="drop", description="a chat longer than a row")
-
-
-class Needles(ManifestModel):
-    """Made-up retrieval examples: facts planted in a text, some of them asked for; only the answer is trained."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    type: Literal["needles"]
-    count: int = Field(ge=1, description="number of examples")
-    haystack: ManifestPath = Field(description="glob of UTF-8 text files that the filler is cut from")
-    tokens: Count = Field(description="length of each example, drawn uniformly; never above max")
-    needles: Count = Field(default=Span(min=1, max=1), description="facts planted in each example")
-    asked: Count = Field(default=Span(min=1, max=1), description="facts asked for, of those planted")
-    overflow: Literal["error"] = "error"
-
-    @model_validator(mode="after")
-    def _asks_what_is_there(self) -> Needles:
-        if self.asked.min > self.needles.min:
-            raise ValueError(f"asked.min <= needles.min (got {self.asked.min} and {self.needles.min})")
-        if self.needles.max > len(CITIES):
-            raise ValueError(f"needles.max <= {len(CITIES)}, a city for each fact (got {self.needles.max})")
-        return self
-
-
-Source = Annotated[Books | Chats | Needles, Field(discriminator="type")]
 
 
 class DatasetManifest(ManifestModel):
@@ -125,9 +53,13 @@ class DatasetManifest(ManifestModel):
         default=None, description="folder of tokenized input, shared by datasets; default: token-store beside `out`"
     )
     text_tokenizer: ManifestPath = Field(description="tokenizers/*.yaml")
+    vision_tokenizer: ManifestPath | None = Field(
+        default=None, description="tokenizers/*.yaml; needed where a source has pictures or videos"
+    )
     row_length: int = Field(ge=2, description="tokens in one packed row")
     packing: Packing = "masked"
     loss_weighting: LossWeighting = "example"
+    share_by: Literal["tokens", "examples"] = Field(default="tokens", description="what a source's `share` counts")
     shard_size: Annotated[int, BeforeValidator(_bytes)] = Field(
         default=256 * 10**6, ge=1, description="bytes of tokens in a shard, for instance 256MB"
     )
@@ -142,6 +74,27 @@ class DatasetManifest(ManifestModel):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"sources of different names (two are called {name})")
+        return self
+
+    @model_validator(mode="after")
+    def _shares_are_complete(self) -> DatasetManifest:
+        without = [source.name for source in self.sources if source.share is None]
+        if without and len(without) < len(self.sources):
+            raise ValueError(f"a share for every source, or for none (none for {', '.join(without)})")
+        return self
+
+    @model_validator(mode="after")
+    def _vision_has_a_tokenizer(self) -> DatasetManifest:
+        seen = [source.name for source in self.sources if isinstance(source, Images | Videos)]
+        if seen and self.vision_tokenizer is None:
+            raise ValueError(f"vision_tokenizer: tokenizers/*.yaml, for the source {seen[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _naive_rows_are_cut_anywhere(self) -> DatasetManifest:
+        alone = [source.name for source in self.sources if source.pack_with == "none"]
+        if alone and self.packing == "naive":
+            raise ValueError(f"pack_with: none only under packing: masked (source {alone[0]})")
         return self
 
 

@@ -21,7 +21,7 @@ from lwm_data.format.dataset import ShardInfo, SourceCounts
 from lwm_data.format.example import Example
 from lwm_data.format.packed import LossWeighting, Packing, Piece, pack_row
 from lwm_data.format.shard import ShardWriter
-from lwm_data.manifest import Overflow
+from lwm_data.manifest_sources import Overflow
 from lwm_data.sources.fit import fit
 from lwm_data.token_store import StoreCache
 from lwm_data.work_folder import ShardRecord, WorkFolder, examples_name

@@ -30,7 +30,7 @@ def dataset_table(info: DatasetInfo) -> Table:
         show_footer=True,
     )
     lines = _lines(info)
-    shown = [i for i, heading in enumerate(HEADINGS) if heading != "vision" or lines[-1][i] != "0"]
+    shown = [i for i, heading in enumerate(HEADINGS) if heading not in OPTIONAL or lines[-1][i] != "0"]
     for i in shown:
         # Numbers are never cut; a narrow terminal folds the sources' names.
         width = max(len(line[i]) for line in [HEADINGS, *lines]) if i else None
@@ -40,7 +40,8 @@ def dataset_table(info: DatasetInfo) -> Table:
     return table
 
 
-HEADINGS = ("source", "records", "kept", "rejected", "examples", "tokens", "vision", "trained")
+HEADINGS = ("source", "records", "kept", "rejected", "left out", "examples", "tokens", "vision", "trained")
+OPTIONAL = ("left out", "vision")  # columns that a terminal need not show where they are all 0
 
 
 def dataset_card(info: DatasetInfo) -> str:
@@ -73,7 +74,16 @@ The shards are WebDataset tars; `webdataset` and `datasets` open them as they ar
 def _lines(info: DatasetInfo) -> list[tuple[str, ...]]:
     """A line of text per source, and the sum."""
     numbers = [
-        (of.records, of.records - of.rejected, of.rejected, of.examples, of.tokens, of.vision_tokens, of.trained_tokens)
+        (
+            of.records,
+            of.records - of.rejected,
+            of.rejected,
+            of.left_out,
+            of.examples,
+            of.tokens,
+            of.vision_tokens,
+            of.trained_tokens,
+        )
         for of in info.sources.values()
     ]
     names = [*info.sources, "all"]
@@ -83,7 +93,7 @@ def _lines(info: DatasetInfo) -> list[tuple[str, ...]]:
 
 def _reasons(info: DatasetInfo) -> str:
     if not info.rejected:
-        return "No record was rejected or cut."
+        return "No record was rejected, cut or split."
     return (
-        "Not taken, or not whole: " + ", ".join(f"{reason} {count:,}" for reason, count in info.rejected.items()) + "."
+        "Rejected, cut or split: " + ", ".join(f"{reason} {count:,}" for reason, count in info.rejected.items()) + "."
     )

@@ -24,6 +24,7 @@ from jaxtyping import Int64
 
 from lwm_data.engine import whole_file
 from lwm_data.format.example import Run
+from lwm_data.sources.fit import RunShape
 from lwm_data.sources.record import Record, Rejection
 
 BATCH_TOKENS = 1 << 22  # a batch is written once it has this many
@@ -124,6 +125,13 @@ class StoreFile:
     def key(self, record: int) -> str:
         batch, i = self._find(record)
         return str(batch.column("key")[i].as_py())
+
+    def shape(self, record: int) -> tuple[RunShape, ...]:
+        """The runs of record number `record` without their tokens."""
+        batch, i = self._find(record)
+        lengths = _values(batch.column("run_lengths"), i).tolist()
+        vision = _values(batch.column("run_vision"), i).tolist()
+        return tuple(RunShape(length, bool(is_vision)) for length, is_vision in zip(lengths, vision, strict=True))
 
     def record(self, record: int) -> Record:
         """Record number `record`; its tokens are views of the map."""

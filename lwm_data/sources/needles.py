@@ -22,7 +22,7 @@ from jaxtyping import Int32
 from lwm_data.format.example import text_runs
 from lwm_data.format.prompt import BORDER, CITIES, NEEDLE_DIGITS, needle, needle_answer, needle_prompt, plant
 from lwm_data.format.vocab import TextTokenizer
-from lwm_data.manifest import Needles
+from lwm_data.manifest_sources import Needles
 from lwm_data.sources.files import InputFile, check_unchanged, read_text
 from lwm_data.sources.record import Record, Rejection
 

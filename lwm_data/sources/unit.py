@@ -2,6 +2,9 @@
 
 manifest -> plan_units -> Unit, Unit, ...     named by a fingerprint of all that its tokens depend on
                           read_unit -> Record | Rejection, ...
+
+A unit of pictures or videos has a file of codes besides, made before (lwm_data/encode.py) and named by what they alone
+depend on.
 """
 
 from __future__ import annotations
@@ -10,24 +13,30 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from lwm_data.code_store import CodeFile
 from lwm_data.format.vocab import TextTokenizer
-from lwm_data.manifest import Books, Chats, Needles
-from lwm_data.sources import books, chats, needles
+from lwm_data.manifest_sources import AnySource, Books, Chats, Images, LwmJsonl, Needles, Videos
+from lwm_data.sources import books, chats, lwm_jsonl, media, needles
 from lwm_data.sources.files import InputFile, check_unchanged
 from lwm_data.sources.record import Record, Rejection
 
 
 @dataclass(frozen=True)
 class Unit:
-    """files: one, or a haystack. start, stop: of the block of examples, where these are made up."""
+    """files: one, a haystack, or media with what lies beside them. start, stop: of the block of made-up examples.
 
-    source: Books | Chats | Needles
+    codes: of pictures and videos, the name of their file of codes in the store.
+    """
+
+    source: AnySource
     files: tuple[InputFile, ...]
     seed: int
-    start: int
-    stop: int
     fingerprint: str
+    start: int = 0
+    stop: int = 0
+    codes: str = ""
 
     @property
     def file_name(self) -> str:
@@ -35,37 +44,82 @@ class Unit:
         return f"{self.source.name}-{self.fingerprint[:32]}.arrow"
 
 
-def input_glob(source: Books | Chats | Needles) -> tuple[str, str]:
+def input_glob(source: AnySource) -> tuple[str, str]:
     """The glob of the source's input and the manifest's key of it."""
     if isinstance(source, Needles):
         return source.haystack, "haystack"
     return source.path, "path"
 
 
+def group_input(source: AnySource, files: list[InputFile]) -> list[tuple[InputFile, ...]]:
+    """The input of each unit: files that are found, not hashed yet, and what is read beside them."""
+    if isinstance(source, Images | Videos):
+        return media.group_files(source, files)
+    return [tuple(files)] if isinstance(source, Needles) else [(file,) for file in files]
+
+
 def plan_units(
-    source: Books | Chats | Needles, files: tuple[InputFile, ...], seed: int, tokenizer: TextTokenizer
+    source: AnySource,
+    groups: list[tuple[InputFile, ...]],
+    seed: int,
+    tokenizer: TextTokenizer,
+    vision_fingerprint: str | None,
 ) -> list[Unit]:
-    """The units of `source`, whose input is `files` (hashed)."""
+    """The units of `source`, whose input is `groups` (hashed). vision_fingerprint: of the vision tokenizer."""
+    units = []
+    for files in groups:
+        read = [(file.key, file.sha256) for file in files]
+        text = tokenizer.fingerprint
+        if isinstance(source, Needles):
+            made_of = [needles.VERSION, seed, source.model_dump(include=NEEDLE_KEYS), text, read]
+            for start in range(0, source.count, needles.BLOCK):
+                stop = min(start + needles.BLOCK, source.count)
+                units.append(Unit(source, files, seed, _fingerprint([*made_of, start, stop]), start, stop))
+        elif isinstance(source, Images | Videos):
+            coded = _fingerprint([media.VERSION, source.model_dump(include=CODE_KEYS), vision_fingerprint, read])
+            taken = _fingerprint([source.model_dump(include=FILTER_KEYS)])
+            made_of = [coded, taken, text, seed, source.name, source.order, source.train]
+            codes = f"codes-{coded[:32]}-{taken[:16]}.arrow"
+            units.append(Unit(source, files, seed, _fingerprint(made_of), codes=codes))
+        elif isinstance(source, LwmJsonl):
+            options = source.model_dump(exclude={"path", "share", "pack_with", "overflow"})
+            units.append(Unit(source, files, seed, _fingerprint([lwm_jsonl.VERSION, options, text, seed, read])))
+        else:
+            version = books.VERSION if isinstance(source, Books) else chats.VERSION
+            units.append(Unit(source, files, seed, _fingerprint([source.type, version, text, read])))
+    return units
+
+
+NEEDLE_KEYS = {"name", "type", "tokens", "needles", "asked"}
+CODE_KEYS = {"type", "fps", "max_frames", "decoder"}  # of the source, that codes depend on
+FILTER_KEYS = {"caption", "min_size", "where"}
+
+
+def read_unit(unit: Unit, tokenizer: TextTokenizer, store: Path) -> Iterator[Record | Rejection]:
+    """The unit's records in order. ValueError, at the latest after the last, where a file is not what was hashed.
+
+    store: folder of the token store, where the unit's file of codes lies.
+    """
+    source = unit.source
     if isinstance(source, Needles):
-        made_of = [needles.VERSION, seed, source.model_dump(exclude={"haystack", "count", "overflow"})]
-        made_of += [tokenizer.fingerprint, [(file.key, file.sha256) for file in files]]
-        blocks = [(at, min(at + needles.BLOCK, source.count)) for at in range(0, source.count, needles.BLOCK)]
-        return [Unit(source, files, seed, at, end, _fingerprint([*made_of, at, end])) for at, end in blocks]
-    version = books.VERSION if isinstance(source, Books) else chats.VERSION
-    made_of = [source.type, version, tokenizer.fingerprint]
-    return [Unit(source, (file,), seed, 0, 0, _fingerprint([*made_of, file.key, file.sha256])) for file in files]
-
-
-def read_unit(unit: Unit, tokenizer: TextTokenizer) -> Iterator[Record | Rejection]:
-    """The unit's records in order. ValueError, at the latest after the last, where a file is not what was hashed."""
-    if isinstance(unit.source, Needles):
-        yield from needles.read_needles(unit.source, unit.seed, unit.files, unit.start, unit.stop, tokenizer)
+        yield from needles.read_needles(source, unit.seed, unit.files, unit.start, unit.stop, tokenizer)
+        return
+    if isinstance(source, Images | Videos):
+        for item in CodeFile(store / unit.codes):
+            if isinstance(item, Rejection):
+                yield item
+            else:
+                text_first = media.is_text_first(source.order, unit.seed, source.name, item.key)
+                runs = media.media_runs(tokenizer, item.caption, item.codes, text_first, source.train)
+                yield Record(item.key, runs)
         return
     (file,) = unit.files
-    if isinstance(unit.source, Books):
+    if isinstance(source, Books):
         yield from books.read_book(file, tokenizer)
-    else:
+    elif isinstance(source, Chats):
         yield from chats.read_chats(file, tokenizer)
+    else:
+        yield from lwm_jsonl.read_lwm_jsonl(source, unit.seed, file, tokenizer)
     check_unchanged(file)
 
 

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lwm_data.pack import best_fit, concatenate_and_cut
+from lwm_data import pack as packing
+from lwm_data.pack import ALONE, best_fit, concatenate_and_cut, pack
 
 LENGTHS = st.lists(st.integers(1, 50), max_size=300)
 
@@ -77,3 +78,35 @@ def test_concatenate_and_cut_keeps_every_token_in_order(lengths: list[int], row_
     sizes = [sum(stop - start for _, start, stop in row) for row in rows]
     assert all(size == row_length for size, _ in pairwise(sizes))
     assert not sizes or 0 < sizes[-1] <= row_length
+
+
+@given(lengths=st.lists(st.integers(1, 50), max_size=600), waiting=st.integers(3, 20))
+def test_rows_come_in_the_order_of_their_first_examples_and_none_waits_long(lengths: list[int], waiting: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "WAITING_ROWS", waiting)
+        rows = list(best_fit(np.array(lengths, np.int64), 50, 3))
+    firsts = [row[0] for row in rows]
+    assert firsts == sorted(firsts)
+    assert sorted(number for row in rows for number in row) == list(range(len(lengths)))
+    for i, row in enumerate(rows):  # at most `waiting` rows were begun after this one when it took its last example
+        assert sum(first < row[-1] for first in firsts[i + 1 :]) <= waiting
+
+
+@given(
+    examples=st.lists(st.tuples(st.integers(1, 50), st.sampled_from([0, 1, ALONE])), max_size=200),
+    is_naive=st.booleans(),
+)
+def test_a_row_holds_examples_of_one_group_and_each_token_is_in_one_row(
+    examples: list[tuple[int, int]], is_naive: bool
+) -> None:
+    lengths = np.array([length for length, _ in examples], np.int64)
+    groups = np.array([max(group, 0) if is_naive else group for _, group in examples], np.int32)
+    rows = list(pack(lengths, groups, 50, "naive" if is_naive else "masked"))
+    tokens = sorted((number, at) for row in rows for number, start, stop in row for at in range(start, stop))
+    assert tokens == [(number, at) for number, length in enumerate(lengths.tolist()) for at in range(length)]
+    for row in rows:
+        (group,) = {int(groups[number]) for number, _, _ in row}
+        assert len(row) == 1 or group != ALONE
+        assert sum(stop - start for _, start, stop in row) <= 50
+    firsts = [row[0][0] for row in rows]
+    assert firsts == sorted(firsts)

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from lwm_data.format.example import Run
 from lwm_data.format.vocab import TextTokenizer
-from lwm_data.manifest import Books, Chats, Needles, Overflow, Span
+from lwm_data.manifest_sources import Books, Chats, Needles, Overflow, Span
 from lwm_data.sources.books import read_book
 from lwm_data.sources.chats import read_chats
 from lwm_data.sources.files import InputFile, find_files, hash_file, open_unpacked, read_text
-from lwm_data.sources.fit import fit, num_parts
+from lwm_data.sources.fit import fit, num_text_parts
 from lwm_data.sources.needles import read_needles
 from lwm_data.sources.record import Record, Rejection
 from lwm_data.sources.unit import plan_units, read_unit
@@ -296,7 +296,7 @@ def _record(num_tokens: int) -> Record:
 @given(num_tokens=st.integers(3, 200), row_length=st.integers(2, 60))
 def test_parts_of_a_split_record_join_to_the_record(num_tokens: int, row_length: int) -> None:
     record = _record(num_tokens)
-    (count,) = num_parts(np.array([num_tokens]), row_length, "split").tolist()
+    (count,) = num_text_parts(np.array([num_tokens]), row_length, "split").tolist()
     parts = [fit(record, "s", part, row_length, "split") for part in range(count)]
     ids = [[int(token) for run in part.runs for token in run.tokens] for part in parts]
     assert all(len(part) == row_length for part in ids[:-1]) and 2 <= len(ids[-1]) <= row_length
@@ -307,7 +307,7 @@ def test_parts_of_a_split_record_join_to_the_record(num_tokens: int, row_length:
 
 @pytest.mark.parametrize(("overflow", "wanted"), [("truncate", [1, 1]), ("drop", [1, 0]), ("split", [1, 2])])
 def test_a_record_longer_than_a_row_becomes(overflow: Overflow, wanted: list[int]) -> None:
-    assert num_parts(np.array([10, 11]), 10, overflow).tolist() == wanted
+    assert num_text_parts(np.array([10, 11]), 10, overflow).tolist() == wanted
     if overflow == "truncate":
         cut = fit(_record(11), "s", 0, 10, "truncate")
         assert [int(token) for run in cut.runs for token in run.tokens] == [1, *range(100, 109)]
