@@ -30,8 +30,7 @@ from lwm_data.format.shard import rows_per_page
 from lwm_data.format.vocab import VISION_VOCAB_SIZE, TextTokenizer, load_text_tokenizer
 from lwm_data.manifest import DatasetManifest, read_dataset_manifest
 from lwm_data.manifest_sources import AnySource, Needles
-from lwm_data.mix import mixed_order
-from lwm_data.pack import ALONE, Cut, pack
+from lwm_data.shard_plan import packing_order, plan_shards
 from lwm_data.shard_rows import RowFormat, ShardRows, StoreRef, write_shard_rows
 from lwm_data.sources.files import InputFile, find_files, hash_file
 from lwm_data.sources.unit import Unit, group_input, input_glob, plan_units, read_unit
@@ -87,8 +86,7 @@ def build(manifest_path: str | Path, overrides: Sequence[str] = (), workers: int
         stores = (StoreRef(store / unit.file_name, unit.source.name, unit.source.overflow) for unit in units)
         dtype = "uint16" if max(tokenizer.vocab_size, VISION_VOCAB_SIZE) <= 1 << 16 else "uint32"
         form = RowFormat(out, tuple(stores), manifest.row_length, dtype, manifest.packing, manifest.loss_weighting)
-        shares = [source.share for source in manifest.sources]
-        order = mixed_order(plan.sources, plan.lengths, shares, manifest.share_by, manifest.seed)
+        order = packing_order(manifest, plan)
         records = _write_shards(manifest, form, plan, order, work, workers)
         num_sources = len(manifest.sources)
         left_out = np.bincount(plan.sources, minlength=num_sources) - np.bincount(
@@ -160,9 +158,10 @@ def _encode(units: list[Unit], store: Path, vision_tokenizer: str | None, worker
         progress.advance(
             len(coded) - len(missing), "the rest is in the token store" if len(missing) < len(coded) else ""
         )
-        shared = Encoding(store, vision_tokenizer, default_device())
+        workers = min(workers, max(1, len(missing)))
+        shared = Encoding(store, vision_tokenizer, default_device(), max(1, (os.cpu_count() or 1) // workers))
         num_frames = 0
-        for count in run_units(encode_unit, shared, missing, min(workers, max(1, len(missing)))):
+        for count in run_units(encode_unit, shared, missing, workers):
             num_frames += count
             progress.advance(1, f"{num_frames:,} frames")
 
@@ -211,7 +210,7 @@ def _write_shards(
     done: dict[str, ShardRecord] = {}
 
     def todo() -> Iterator[ShardRows]:
-        for shard in _shards(manifest, plan, order, rows_per_shard):
+        for shard in plan_shards(manifest, plan, order, rows_per_shard):
             record = work.record(shard.name)
             if record is None:
                 yield shard
@@ -224,32 +223,6 @@ def _write_shards(
             done[record.shard.name] = record
             progress.advance(record.num_tokens, f"{len(done)} shards")
     return [done[name] for name in sorted(done)]
-
-
-def _shards(
-    manifest: DatasetManifest, plan: ExamplePlan, order: np.ndarray, rows_per_shard: int
-) -> Iterator[ShardRows]:
-    sources = manifest.sources
-    group_of = {"any": len(sources), "none": ALONE}
-    groups = np.array([group_of.get(source.pack_with, i) for i, source in enumerate(sources)], np.int32)
-    rows = pack(plan.lengths[order], groups[plan.sources[order]], manifest.row_length, manifest.packing)
-    held: list[list[Cut]] = []
-    number = 0
-    for row in rows:
-        held.append(row)
-        if len(held) == rows_per_shard:
-            yield _shard(number, held, plan, order)
-            held, number = [], number + 1
-    if held:
-        yield _shard(number, held, plan, order)
-
-
-def _shard(number: int, rows: list[list[Cut]], plan: ExamplePlan, order: np.ndarray) -> ShardRows:
-    cuts = np.array([cut for row in rows for cut in row], np.int64)
-    examples = order[cuts[:, 0]]
-    columns = [plan.units[examples], plan.records[examples], plan.parts[examples], cuts[:, 1], cuts[:, 2]]
-    row_starts = np.cumsum([0, *map(len, rows)])
-    return ShardRows(f"shard-{number:06d}.tar", np.stack(columns, axis=1).astype(np.int64), row_starts)
 
 
 def _info(

@@ -36,17 +36,19 @@ VIDEO_SECONDS = 3600.0
 
 @dataclass(frozen=True)
 class Encoding:
-    """store: the token store. vision_tokenizer: path of the spec. device: as torch names it."""
+    """store: the token store. vision_tokenizer: path of the spec. device: as torch names it. threads: of torch."""
 
     store: Path
     vision_tokenizer: str
     device: str
+    threads: int
 
 
 def encode_unit(shared: Encoding, unit: Unit) -> int:
     """Write the unit's file of codes; returns its frames. ValueError where a file is not what was hashed."""
     source = unit.source
     assert isinstance(source, Images | Videos)
+    torch.set_num_threads(shared.threads)
     tokenizer = _tokenizer(shared.vision_tokenizer, shared.device)
     items = read_images(source, unit.files) if isinstance(source, Images) else read_videos(source, unit.files)
     seconds = PICTURE_SECONDS if isinstance(source, Images) else VIDEO_SECONDS
@@ -107,7 +109,7 @@ def _encode(
         for item in items:
             if isinstance(item, Rejection):
                 pending.append(_Pending(item.key, rejection=item, done=True))
-            elif item.key in places:
+            elif item.key in places and not item.min_size:  # codes do not tell how large the picture was
                 pending.append(_Pending(item.key, item.caption, known=places[item.key], done=True))
             else:
                 asked[number] = _Pending(item.key, item.caption)

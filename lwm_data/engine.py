@@ -102,7 +102,7 @@ class _Pool:
         self.connections: list[Connection] = []
         for _ in range(workers):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(function, shared, theirs))  # no daemon: it has children
+            process = context.Process(target=_work, args=(function, shared, theirs), daemon=True)
             process.start()
             theirs.close()
             self.processes.append(process)
@@ -178,6 +178,7 @@ def _work(function: Callable[[Any, Any], Any], shared: Any, connection: Connecti
         try:
             unit = connection.recv()
         except (EOFError, OSError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to unwind, and exit hooks must not be
             return
         try:
             reply: tuple[Exception | None, Any] = (None, function(shared, unit))

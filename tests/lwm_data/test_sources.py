@@ -131,12 +131,12 @@ def test_a_file_that_changes_while_it_is_read_gives_no_store_file(
         _needles(count=1),
     ]
     for source, files in zip(sources, [(book,), (chat,), haystack], strict=True):
-        (unit,) = plan_units(source, files, 0, demo_tokenizer)
+        (unit,) = plan_units(source, [files], 0, demo_tokenizer, None)
         for file in files:
             content = Path(file.path).read_bytes()
             Path(file.path).write_bytes(content + b"\n")
         with pytest.raises(ValueError, match="changed while it was read; build again"):
-            write_store(tmp_path / unit.file_name, read_unit(unit, demo_tokenizer))
+            write_store(tmp_path / unit.file_name, read_unit(unit, demo_tokenizer, tmp_path))
         assert not (tmp_path / unit.file_name).exists()
 
 
