@@ -110,9 +110,13 @@ class LwmJsonl(SourceModel):
 
     type: Literal["lwm_jsonl"]
     path: ManifestPath = Field(description="glob of .jsonl, .jsonl.gz or .jsonl.zst files")
-    fields: str | None = Field(default=None, description="one spec for every line, e.g. '[question],[vision],answer'")
+    fields: str | None = Field(
+        default=None, min_length=1, description="one spec for every line, e.g. '[question],[vision],answer'"
+    )
     fields_from_example: str | None = Field(
-        default=None, description="the key of each line's own spec, or list of specs of which one is drawn"
+        default=None,
+        min_length=1,
+        description="the key of each line's own spec, or list of specs of which one is drawn",
     )
     subfield_separator: str = Field(default=" ", description="between the values of a+b")
     prepend_text: str = Field(default="", description="before the first field, where that is text")
@@ -160,6 +164,11 @@ class Videos(Media):
     fps: float = Field(gt=0, le=1000, description="frames taken per second, by their time stamps")
     max_frames: int = Field(ge=1, le=1 << 20, description="more are thinned out evenly over the clip")
     decoder: Literal["pyav", "decord"] = "pyav"
+    clips: bool | None = Field(
+        default=None,
+        description="cut the clips or chapters that the metadata names, each a record; default: but where the file was "
+        "cut to its clip already, as video2dataset does",
+    )
     overflow: Overflow = Field(
         default="thin", description="longer than a row; thin: lose frames evenly; split: at a frame's border"
     )

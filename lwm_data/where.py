@@ -29,7 +29,10 @@ def parse_where(text: str) -> Condition:
         raise ValueError(
             f'where: a condition like "pwatermark < 0.8 and width >= 256" (got {text!r}: {error})'
         ) from None
-    return _condition(tree)
+    try:
+        return _condition(tree)
+    except RecursionError:
+        raise ValueError(f"where: a condition of less depth (got {text!r})") from None
 
 
 def _condition(node: ast.expr) -> Condition:
@@ -82,6 +85,7 @@ def _value(node: ast.expr) -> Callable[[Mapping[str, Any]], Any]:
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
             return lambda _: -number
         case ast.Tuple(elts=elements) | ast.List(elts=elements):
+            kind = tuple if isinstance(node, ast.Tuple) else list
             parts = [_value(element) for element in elements]
-            return lambda fields: tuple(part(fields) for part in parts)
+            return lambda fields: kind(part(fields) for part in parts)
     raise ValueError(f"where: a field, a number or a string (got {ast.unparse(node)!r})")
