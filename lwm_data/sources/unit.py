@@ -76,8 +76,12 @@ def plan_units(
                 stop = min(start + needles.BLOCK, source.count)
                 units.append(Unit(source, files, seed, _fingerprint([*made_of, start, stop]), start, stop))
         elif isinstance(source, Images | Videos):
-            coded = _fingerprint([media.VERSION, source.model_dump(include=CODE_KEYS), vision_fingerprint, read])
-            taken = _fingerprint([source.model_dump(include=FILTER_KEYS)])
+            # The table beside a tar of pictures says which to take, not what is in them or how they are called.
+            num_coded = 1 if isinstance(source, Images) and files[0].path.endswith(".tar") else len(files)
+            coded = _fingerprint(
+                [media.VERSION, source.model_dump(include=CODE_KEYS), vision_fingerprint, read[:num_coded]]
+            )
+            taken = _fingerprint([source.model_dump(include=FILTER_KEYS), read[num_coded:]])
             made_of = [coded, taken, text, seed, source.name, source.order, source.train]
             codes = f"codes-{coded[:32]}-{taken[:16]}.arrow"
             units.append(Unit(source, files, seed, _fingerprint(made_of), codes=codes))
@@ -92,7 +96,7 @@ def plan_units(
 
 NEEDLE_KEYS = {"name", "type", "tokens", "needles", "asked"}
 CODE_KEYS = {"type", "fps", "max_frames", "decoder"}  # of the source, that codes depend on
-FILTER_KEYS = {"caption", "min_size", "where"}
+FILTER_KEYS = {"caption", "min_size", "where", "clips"}
 
 
 def read_unit(unit: Unit, tokenizer: TextTokenizer, store: Path) -> Iterator[Record | Rejection]:

@@ -1,0 +1,86 @@
+"""Rows of Parquet and Arrow files, one at a time, each value read when it is asked for.
+
+a.parquet    url | caption | jpg          for row in read_rows(file):
+b.arrow      image {bytes, path} | text       row.fields["caption"], row.column("jpg")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lwm_data.sources.fields import Fields
+from lwm_data.sources.files import InputFile, open_unpacked
+from lwm_data.sources.record import Rejection
+
+PICTURES_BATCH = 16  # rows of a Parquet that are held together; a picture can have megabytes
+
+
+@dataclass(frozen=True)
+class Row:
+    """Row number `number` of a file, from 0; `at` in its batch."""
+
+    number: int
+    batch: pa.RecordBatch
+    at: int
+
+    @cached_property
+    def fields(self) -> Fields:
+        names = frozenset(self.batch.schema.names)
+        return Fields({}, lambda name: self.value(name).as_py() if name in names else None)
+
+    def value(self, name: str) -> Any:
+        """The value of a column, as pyarrow's scalar: large bytes need not be copied to be looked at."""
+        return self.batch.column(name)[self.at]
+
+
+def read_rows(file: InputFile, batch_rows: int = PICTURES_BATCH) -> Iterator[Row | Rejection]:
+    """The rows of `file`; a last rejection where it is damaged."""
+    number = 0
+    try:
+        for batch in _batches(file, batch_rows):
+            for at in range(len(batch)):
+                yield Row(number, batch, at)
+                number += 1
+    except (pa.ArrowException, OSError) as error:
+        yield damaged(f"{file.key}:{number}", error)
+
+
+def damaged(key: str, error: Exception) -> Rejection:
+    """The rejection of what pyarrow cannot read; what the system cannot read is raised again, it may be passing."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return Rejection(key, "damaged", f"{' '.join(str(error).split())[:300]}; the rest is not read")
+
+
+def _batches(file: InputFile, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    with open_unpacked(file.path) as raw:
+        if file.path.lower().endswith(".parquet"):
+            # Pages are read as they are needed, not whole row groups ahead: those of pictures have gigabytes.
+            parquet = pq.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
+            yield from parquet.iter_batches(batch_size=batch_rows)
+            return
+        start = raw.read(6)
+        raw.seek(0)
+        # A map, so that a batch is not read before its rows are; one can be as large as the file.
+        mapped = raw if "://" in file.path else pa.memory_map(file.path)
+        if start == b"ARROW1":
+            reader = pa.ipc.open_file(mapped)
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:  # what `datasets` writes
+            batches = iter(pa.ipc.open_stream(mapped))
+        for batch in batches:
+            for column in batch.columns:
+                # Damaged offsets would be followed to anywhere. That a text is UTF-8 is asked row by row.
+                is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+                (column.view(_bytes_type(column.type)) if is_text else column).validate(full=True)
+            yield batch
+
+
+def _bytes_type(kind: pa.DataType) -> pa.DataType:
+    return pa.binary() if pa.types.is_string(kind) else pa.large_binary()
