@@ -104,7 +104,7 @@ class CodeFile:
 
     def places(self) -> dict[str, tuple[int, int]]:
         """Where the codes of each key lie, for `codes`; rejections have none."""
-        found = {}
+        found: dict[str, tuple[int, int]] = {}
         for number, batch in enumerate(self._batches):
             taken = batch.column("reason").is_null().to_pylist()
             keys = batch.column("key").to_pylist()
