@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
+from lwm_data.cli_output import described, print_view, where
+from lwm_data.rearrange_cli import rearrange_app
 from lwm_data.terminal import run_app
-
-if TYPE_CHECKING:
-    from lwm_data.format.dataset import DatasetInfo
+from lwm_data.vision_cli import add_vision_verbs, vision_app
 
 app = typer.Typer(
     name="lwm-data",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
-    help="Books and chats to packed training rows.\n\nFor instance: `lwm-data build manifests/demo/dataset.yaml`, then "
-    "`lwm-data show runs/demo/dataset 0`.",
+    help="Books, pictures, videos and chats to packed training rows.\n\nFor instance: `lwm-data build "
+    "manifests/demo/dataset.yaml`, then `lwm-data show runs/demo/dataset 0`.",
 )
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Make tokenizers.")
+app.add_typer(rearrange_app)
 app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(vision_app, name="vision")
+add_vision_verbs(tokenizer_app)
 
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. row_length=4096.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 DatasetFolder = Annotated[str, typer.Argument(metavar="DATASET", help="Folder of a built dataset.")]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: new, empty, or of an earlier run.")]
-Seed = Annotated[int, typer.Option(help="Of what is drawn.")]
-Name = Annotated[str | None, typer.Option(help="Name of the new dataset.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes to work in.")]
-Rows = Annotated[str | None, typer.Option(metavar="FROM:TO", help="Rows FROM up to, but without, TO: 0:1000 or 500:")]
 
 
 @app.command()
@@ -57,10 +55,10 @@ def build(
 
     result = run_build(manifest, overrides or (), workers)
     if as_json:
-        print(json.dumps(_described(result.out, result.info) | {"built": result.built}))
+        print(json.dumps(described(result.out, result.info) | {"built": result.built}))
         return
-    _print(dataset_table(result.info))
-    print(f"{'built' if result.built else 'nothing to do; built before'}: {_where(result.out)}")
+    print_view(dataset_table(result.info))
+    print(f"{'built' if result.built else 'nothing to do; built before'}: {where(result.out)}")
 
 
 @app.command()
@@ -108,7 +106,7 @@ def show(
         if as_json:
             print(opened.info.model_dump_json())
         else:
-            _print(dataset_table(opened.info))
+            print_view(dataset_table(opened.info))
         return
     if not 0 <= row < len(opened):
         raise ValueError(f"ROW: got {row}; {dataset} has rows 0 to {len(opened) - 1}")
@@ -116,121 +114,15 @@ def show(
     if as_json:
         print(json.dumps(view, ensure_ascii=False))
     else:
-        _print(row_text(view))
+        print_view(row_text(view))
 
 
 @app.command()
-def merge(
-    datasets: Annotated[list[str], typer.Argument(metavar="DATASET...", help="Folders of two or more datasets.")],
-    out: Out,
-    order: Annotated[str, typer.Option(help="`keep`: one after another; `mix`: each spread over the whole.")] = "keep",
-    seed: Seed = 0,
-    name: Name = None,
-    copy: Annotated[bool, typer.Option("--copy", help="Copy shards that could be hard links.")] = False,
-    workers: Workers = 1,
-    as_json: Json = False,
+def schema(
+    kind: Annotated[
+        str, typer.Argument(metavar="KIND", help="dataset, text_tokenizer or vision_tokenizer")
+    ] = "dataset",
 ) -> None:
-    """Merge datasets of one row length, packing, weighting and tokenizer, without tokenizing again.
-
-    Example: `lwm-data merge runs/a runs/b --out runs/both`
-
-    `--order keep` carries whole shards, which takes next to no time; `--order mix` copies row by row, and then any
-    stretch of rows, so each shard too, has every dataset's share.
-    """
-    from lwm_data.rearrange import merge as run_merge
-
-    of = run_merge(datasets, out, order=order, seed=seed, name=name, link=not copy, workers=workers)
-    _say_derived(of.out, of.info, of.made, as_json)
-
-
-@app.command()
-def split(
-    dataset: DatasetFolder,
-    out: Out,
-    parts: Annotated[str, typer.Option(metavar="SHARES", help="Share of the rows of each part.")] = "0.9,0.1",
-    names: Annotated[str, typer.Option(metavar="NAMES", help="A name, and folder in DIR, of each.")] = "train,valid",
-    by: Annotated[str, typer.Option(help="`row`, or `document`: rows that share a record stay together.")] = "row",
-    seed: Seed = 0,
-    workers: Workers = 1,
-    as_json: Json = False,
-) -> None:
-    """Split a dataset into parts, each a dataset in a folder of its own.
-
-    Example: `lwm-data split runs/demo/dataset --parts 0.9,0.1 --names train,valid --by document --out runs/parts`
-    """
-    from lwm_data.rearrange import split as run_split
-
-    try:
-        shares = [float(share) for share in parts.split(",")]
-    except ValueError:
-        raise ValueError(f"--parts: got {parts}; wanted numbers like 0.9,0.1") from None
-    made = run_split(dataset, out, shares, names.split(","), by=by, seed=seed, workers=workers)
-    if as_json:
-        print(json.dumps({"parts": [_described(of.out, of.info) | {"made": of.made} for of in made]}))
-        return
-    rows, tokens = (sum(getattr(of.info, field) for of in made) for field in ("num_rows", "num_tokens"))
-    for share, of in zip(shares, made, strict=True):
-        print(
-            f"{_where(of.out)}: {of.info.num_rows:,} rows, {of.info.num_rows / rows:.2%} of all (asked for "
-            f"{share:.2%}), and {of.info.num_tokens / tokens:.2%} of the tokens"
-            f"{'' if of.made else '; nothing to do, made before'}"
-        )
-
-
-@app.command()
-def subset(
-    dataset: DatasetFolder,
-    out: Out,
-    rows: Rows = None,
-    fraction: Annotated[float | None, typer.Option(help="Share of the rows, drawn by `--seed`.")] = None,
-    source: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Rows of this source alone.")] = None,
-    seed: Seed = 0,
-    name: Name = None,
-    workers: Workers = 1,
-    as_json: Json = False,
-) -> None:
-    """Take some rows of a dataset: those that meet every condition given.
-
-    Example: `lwm-data subset runs/demo/dataset --rows 0:1000 --out runs/first`
-
-    With `--source` (give it again for more) only rows that hold nothing else are taken.
-    """
-    from lwm_data.rearrange import subset as run_subset
-
-    some = _range(rows)
-    of = run_subset(
-        dataset, out, rows=some, fraction=fraction, sources=source or (), seed=seed, name=name, workers=workers
-    )
-    _say_derived(of.out, of.info, of.made, as_json)
-
-
-@app.command()
-def export(
-    dataset: DatasetFolder,
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="hf (Parquet), npz, jsonl or jsonl.zst.")],
-    out: Out,
-    rows: Rows = None,
-    as_json: Json = False,
-) -> None:
-    """Write rows for programs that do not know our shards.
-
-    Example: `lwm-data export runs/demo/dataset --to hf --out runs/demo/hf`
-
-    hf and npz hold the five arrays of each row; jsonl holds examples, with their text.
-    """
-    from lwm_data.export import export_dataset
-
-    of = export_dataset(dataset, out, to, _range(rows))
-    if as_json:
-        print(json.dumps({"out": str(of.out), "made": of.made, "rows": of.num_rows, "files": of.files}))
-    else:
-        said = "exported" if of.made else "nothing to do; exported before"
-        num_bytes = sum(of.files.values())
-        print(f"{said}: {_where(of.out)}: {of.num_rows:,} rows in {len(of.files):,} files, {num_bytes / 1e6:,.1f} MB")
-
-
-@app.command()
-def schema(kind: Annotated[str, typer.Argument(metavar="KIND", help="dataset or text_tokenizer")] = "dataset") -> None:
     """Print the JSON Schema of a manifest, for editors.
 
     Example: `lwm-data schema dataset > dataset.schema.json`
@@ -238,10 +130,15 @@ def schema(kind: Annotated[str, typer.Argument(metavar="KIND", help="dataset or 
     from lwm_data.format.manifest import ManifestModel
     from lwm_data.format.vocab import TextTokenizerSpec
     from lwm_data.manifest import DatasetManifest
+    from lwm_data.vision.spec import VisionTokenizerSpec
 
-    kinds: dict[str, type[ManifestModel]] = {"dataset": DatasetManifest, "text_tokenizer": TextTokenizerSpec}
+    kinds: dict[str, type[ManifestModel]] = {
+        "dataset": DatasetManifest,
+        "text_tokenizer": TextTokenizerSpec,
+        "vision_tokenizer": VisionTokenizerSpec,
+    }
     if kind not in kinds:
-        raise ValueError(f"KIND: got {kind}; wanted {' or '.join(kinds)}")
+        raise ValueError(f"KIND: got {kind}; wanted {', '.join(kinds)}")
     print(json.dumps(kinds[kind].model_json_schema(), indent=2))
 
 
@@ -260,46 +157,6 @@ def train_text(
 
     tokenizer = train_text_tokenizer(files, vocab_size, out, needles)
     print(f"{out}: {tokenizer.vocab_size:,} pieces")
-
-
-def _range(rows: str | None) -> tuple[int | None, int | None] | None:
-    """FROM:TO in numbers; either may be left out."""
-    if rows is None:
-        return None
-    start, colon, stop = rows.partition(":")
-    if not colon or not all(end == "" or end.isdecimal() for end in (start, stop)):
-        raise ValueError(f"--rows: got {rows}; wanted FROM:TO, like 0:1000, 500: or :500")
-    return int(start) if start else None, int(stop) if stop else None
-
-
-def _described(out: Path, info: DatasetInfo) -> dict[str, Any]:
-    """A dataset for a script."""
-    from lwm_data.summary import fill
-
-    described = {"out": str(out), "fill": fill(info), "fingerprint": info.fingerprint}
-    return described | info.model_dump(exclude={"manifest", "shards"})
-
-
-def _say_derived(out: Path, info: DatasetInfo, made: bool, as_json: bool) -> None:
-    from lwm_data.summary import dataset_table
-
-    if as_json:
-        print(json.dumps(_described(out, info) | {"made": made}))
-        return
-    _print(dataset_table(info))
-    print(f"{'made' if made else 'nothing to do; made before'}: {_where(out)}")
-
-
-def _where(path: Path) -> str:
-    return min(os.path.relpath(path), os.path.normpath(path), key=len)
-
-
-def _print(renderable: object) -> None:
-    from rich.console import Console
-
-    # A pipe has no width; wide enough then that no number is cut.
-    console = Console(soft_wrap=False)
-    Console(width=console.width if console.is_terminal else max(console.width, 120)).print(renderable)
 
 
 def main() -> None:
