@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from lwm_data.cli_output import described, print_view, where
+from lwm_data.cli_output import described, print_view, view_console, where
 from lwm_data.rearrange_cli import rearrange_app
 from lwm_data.terminal import run_app
 from lwm_data.vision_cli import add_vision_verbs, vision_app
@@ -91,18 +91,26 @@ def check(dataset: DatasetFolder, as_json: Json = False) -> None:
 def show(
     dataset: DatasetFolder,
     row: Annotated[int | None, typer.Argument(metavar="[ROW]", help="Which row; without it, the dataset.")] = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", metavar="FOLDER", help="Write the row's pictures and videos there.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show a dataset, or one of its rows with its segments; trained text is green, prompts are dim.
 
     Example: `lwm-data show runs/demo/dataset 0`
+
+    A terminal of colours shows pictures, and of a video as many frames as fit. `--png` writes a file for each,
+    like row000005-segment01.png, a video as a strip of frames.
     """
     from lwm_data.format.dataset import open_dataset
-    from lwm_data.show import row_text, row_view
+    from lwm_data.show import print_row, row_view, write_pngs
     from lwm_data.summary import dataset_table
 
     opened = open_dataset(dataset)
     if row is None:
+        if png is not None:
+            raise ValueError("--png: wanted a ROW before it, whose pictures are written")
         if as_json:
             print(opened.info.model_dump_json())
         else:
@@ -110,11 +118,14 @@ def show(
         return
     if not 0 <= row < len(opened):
         raise ValueError(f"ROW: got {row}; {dataset} has rows 0 to {len(opened) - 1}")
-    view = row_view(opened, row)
+    written = write_pngs(opened, row, png) if png is not None else []
     if as_json:
+        view = row_view(opened, row) | ({"png": [str(path) for path in written]} if png is not None else {})
         print(json.dumps(view, ensure_ascii=False))
-    else:
-        print_view(row_text(view))
+        return
+    print_row(opened, row, view_console())
+    if png is not None:
+        print(f"{len(written):,} picture{'s' if len(written) != 1 else ''} written to {png}")
 
 
 @app.command()

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from lwm_data.format.dataset import DatasetInfo
 
 
@@ -24,8 +26,13 @@ def where(path: Path) -> str:
 
 
 def print_view(renderable: object) -> None:
-    """Print something of rich's, in a pipe wide enough that no number is cut."""
+    """Print something of rich's."""
+    view_console().print(renderable)
+
+
+def view_console() -> Console:
+    """The console that views go to; in a pipe wide enough that no number is cut."""
     from rich.console import Console
 
     console = Console(soft_wrap=False)
-    Console(width=console.width if console.is_terminal else max(console.width, 120)).print(renderable)
+    return Console(width=console.width if console.is_terminal else max(console.width, 120))

@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lwm_data.format.dataset import Dataset
-from lwm_data.format.packed import Arrays
+from lwm_data.format.packed import Arrays, row_of
 from lwm_train.attention.order import token_order
 from lwm_train.batch import Batch, make_batch, put_on_mesh
 
@@ -99,8 +99,20 @@ class Loader:
         """The batch of step `step`, on the mesh."""
         num_rows = [len(dataset) for dataset in self._datasets]
         addresses = rows_at(self._seed, step, self._batch_rows, num_rows, self._shares)
-        rows = [self._datasets[address.dataset][address.row] for address in addresses]
+        rows = self._read(addresses)
         return put_on_mesh(make_batch(rows, ring_orders(rows, self._order, self._mesh)), self._mesh)
+
+    def _read(self, addresses: Sequence[RowAddress]) -> list[Arrays]:
+        """The rows at `addresses`, those of a dataset all at once."""
+        rows: dict[int, Arrays] = {}
+        for number, dataset in enumerate(self._datasets):
+            places = [place for place, address in enumerate(addresses) if address.dataset == number]
+            if places:
+                numbers = [addresses[place].row for place in places]
+                dataset.will_need(numbers)  # a disk loads them side by side, not one after another
+                arrays = dataset.read_batch(numbers)
+                rows |= {place: row_of(arrays, i) for i, place in enumerate(places)}
+        return [rows[place] for place in range(len(addresses))]
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start..stop, in turn. An error in reading is raised here."""

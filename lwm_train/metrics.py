@@ -1,8 +1,10 @@
 """metrics.jsonl: a line for every step of a run.
 
-    {"stage": "demo-short", "step": 12, "loss": ..., "text_loss": ..., "vision_loss": null, "lr": ..., "grad_norm": ...,
-     "tokens": 12288, "trained_tokens": ..., "tokens_per_s": ..., "seconds_waited": ..., "time": ...}
+    {"stage": "demo-short", "step": 12, "loss": ..., "text_loss": ..., "vision_loss": null, "vision_share": 0.0,
+     "lr": ..., "grad_norm": ..., "tokens": 12288, "trained_tokens": ..., "tokens_per_s": ..., "seconds_waited": ...,
+     "time": ...}
 
+vision_share: of the loss's weights, those on vision: loss = (1 - vision_share) text_loss + vision_share vision_loss.
 tokens: of the run so far, padding too. seconds_waited: of steps for data, so far. time: seconds since this start.
 """
 
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from lwm_data.format.atomic import write_whole
 from lwm_data.terminal import RunFailed
-from lwm_train.config import TrainManifest
+from lwm_train.config import Shares, TrainManifest
 from lwm_train.optimizer import make_schedule
 from lwm_train.step import StepReport
 
@@ -55,6 +57,7 @@ class MetricsLog:
             "loss": loss,
             "text_loss": by_modality[0],
             "vision_loss": by_modality[1],
+            "vision_share": vision_share(float(sums.weights[0]), float(sums.weights[1]), self._manifest.loss.shares),
             "lr": float(self._schedule(step - 1)),
             "grad_norm": float(report.grad_norm),
             "tokens": step * tokens,
@@ -75,6 +78,13 @@ class MetricsLog:
         self.loss = loss if self.loss is None else 0.95 * self.loss + 0.05 * loss
         self._tokens += tokens
         return f"loss {self.loss:.3f}, {self._tokens / (now - self._begin):,.0f} tokens/s"
+
+
+def vision_share(text: float, vision: float, shares: Shares | None) -> float | None:
+    """What part of a batch's loss is on vision, by its sums of weights and the manifest's shares; None: of nothing."""
+    if shares is not None:  # of what is there
+        text, vision = shares.text * (text > 0), shares.vision * (vision > 0)
+    return vision / (text + vision) if text + vision > 0 else None
 
 
 def drop_metrics_after(run: Path, step: int) -> None:

@@ -1,7 +1,7 @@
 """The report of a training run: one HTML page that needs nothing but itself.
 
-    datasets ---> what they hold, and some rows drawn: segments by source, prompts pale, loss weights, pieces
-    metrics.jsonl -> loss and learning rate of all stages on one axis of steps
+    datasets ---> what they hold, and some rows drawn: segments by source, prompts pale, loss weights, pieces, pictures
+    metrics.jsonl -> loss, vision's share of it and learning rate of all stages on one axis of steps
     evaluation -> held-out loss beside n-grams, needle heat map with some answers, samples
                         |  report.html.j2 (escapes all that it is given)
                         v
@@ -23,7 +23,8 @@ from lwm_data.format.atomic import write_whole
 from lwm_data.format.dataset import Dataset
 from lwm_train.evaluate.heldout import HeldoutLoss
 from lwm_train.evaluate.needle import CHANCE, NeedleAnswer, NeedleResult
-from lwm_train.report_lines import loss_chart, median_speed, rate_chart, read_metrics
+from lwm_train.report_lines import loss_chart, mean_share, median_speed, rate_chart, read_metrics, share_chart
+from lwm_train.report_pictures import Pictures
 from lwm_train.report_rows import draw_rows
 
 SHOWN_ANSWERS = 3  # right ones, and as many wrong ones
@@ -66,8 +67,8 @@ class ReportContent:
     """All that a report shows; a part that was not measured is None or empty and leaves no trace.
 
     facts: further lines of the header, name -> value (device, version, date).
-    metrics: files of JSON lines, oldest stage first; one object a step: stage, step, loss, text_loss, vision_loss, lr,
-        tokens_per_s and others. Where a resumed run wrote a step twice, the later line counts.
+    metrics: files of JSON lines, oldest stage first; one object a step: stage, step, loss, text_loss, vision_loss,
+        vision_share, lr, tokens_per_s and others. Where a resumed run wrote a step twice, the later line counts.
     datasets: role ("trained on", "held out") -> datasets.
     unigram_loss, bigram_loss: nats per token on the dataset of `heldout`.
     """
@@ -92,6 +93,8 @@ def write_report(path: Path, content: ReportContent) -> None:
     baselines = (("unigram", content.unigram_loss), ("bigram", content.bigram_loss))
     levels = [(name, loss) for name, loss in baselines if loss is not None]
     sources = {name: i for i, name in enumerate(_source_names(content))}
+    pictures = Pictures()
+    rows = [row for group in content.datasets.values() for d in group for row in draw_rows(d, sources, pictures)]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -103,10 +106,13 @@ def write_report(path: Path, content: ReportContent) -> None:
     page = environment.get_template("report.html.j2").render(
         c=content,
         losses=loss_chart(metrics, heldout_points, levels),
+        shares=share_chart(metrics),
+        mean_share=mean_share(metrics),
         rate=rate_chart(metrics),
         speed=median_speed(metrics),
         sources=sources,
-        rows=[row for group in content.datasets.values() for d in group for row in draw_rows(d, sources)],
+        rows=rows,
+        no_pictures=pictures.problems,
         answers=_chosen_answers(content.needle),
         chance=CHANCE,
     )

@@ -81,6 +81,32 @@ def rate_chart(metrics: Metrics) -> Chart | None:
     return _chart(metrics, [("learning rate", "main", _points(metrics, "lr"))], [], [(0.0, "")], 2)
 
 
+def share_chart(metrics: Metrics) -> Chart | None:
+    """How much of the loss is on vision, by step, in percent; None where none of it is."""
+    if not any(step.get("vision_share") for step in metrics):
+        return None
+    percent: Metrics = []
+    for step in metrics:
+        share = step.get("vision_share")
+        if share is None:  # of a step without a trained token, or written before shares were
+            percent.append(step)
+            continue
+        text, vision = (1 - share) * (step.get("text_loss") or 0), share * (step.get("vision_loss") or 0)
+        of_loss = 100 * vision / (text + vision) if text + vision else None
+        percent.append(step | {"of_weights": 100 * share, "of_loss": of_loss})
+    lines = [
+        ("vision, of the loss's weights", "third", _smooth(percent, "of_weights")),
+        ("vision, of the loss", "second", _smooth(percent, "of_loss")),
+    ]
+    return _chart(metrics, lines, [], [(0.0, "")], 4, unit="%")
+
+
+def mean_share(metrics: Metrics) -> float | None:
+    """The vision's part of the loss's weights, over all steps that know it; None where none of it is vision."""
+    shares = [y for _, y in _points(metrics, "vision_share")]
+    return float(np.mean(shares)) if any(shares) else None
+
+
 def median_speed(metrics: Metrics) -> float | None:
     """Tokens a second of the median step."""
     speeds = [y for _, y in _points(metrics, "tokens_per_s")]
@@ -93,6 +119,7 @@ def _chart(
     marks: list[tuple[float, float, str]],
     levels: list[tuple[float, str]],
     num_ticks: int,
+    unit: str = "",
 ) -> Chart | None:
     """None where there is nothing to draw."""
     heights = [y for _, _, points in lines for _, y in points]
@@ -116,7 +143,7 @@ def _chart(
             if points
         ],
         x_ticks=[(x_at(x), f"{x:,.0f}") for x in _ticks(0, x_max, 5)],
-        y_ticks=[(y_at(y), f"{y:g}") for y in _ticks(low, high, num_ticks)],
+        y_ticks=[(y_at(y), f"{y:g}{unit}") for y in _ticks(low, high, num_ticks)],
         marks=[(x_at(x), y_at(y), label) for x, y, label in marks],
         levels=[(y_at(y), label) for y, label in levels if label],
         borders=[(x_at(x), stage) for x, stage in _stage_starts(metrics)],

@@ -1,10 +1,11 @@
 """Rows of a dataset as a person can see them: a strip of the whole row, and the pieces of its most telling places.
 
-    strip     |----novels----|--talk: prompt (pale)--|answer|....|     one block a run, coloured by source
-    weights    ______________                         -------          loss weight, in parts of the row's largest
-    pieces    <s>  Call  me  Ish mael .  ...   ASSISTANT:  The  magic  num ber ...
+    strip     |----novels----|--talk: prompt (pale)--|answer|=photos=|....|     one block a run, coloured by source
+    weights    ______________                         -------________         loss weight, in parts of the row's largest
+    pieces    <s>  Call  me  Ish mael .  ...   ASSISTANT:  The  magic  num ber ...  <vision> [picture] </vision>
 
-The rows drawn are those that show most: first sources that no row before showed, then many segments.
+The rows drawn are those that show most: first sources, pictures and videos that no row before showed, then many
+segments. A block of vision is one piece, whatever its length.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ import pyarrow.parquet as pq
 
 from lwm_data.format.dataset import Dataset
 from lwm_data.format.packed import Arrays
+from lwm_data.format.vocab import CODES_PER_FRAME, EOF
+from lwm_data.vision.pictures import vision_blocks
+from lwm_train.report_pictures import Pictures
 
 ROWS = 3  # drawn of each dataset
 HEAD = 150  # pieces shown from a row's beginning
-BEFORE, AFTER = 40, 40  # pieces shown around the first answer after them
+BEFORE, AFTER = 40, 40  # pieces shown around the first answer, picture and video after them
+SHARDS = 8  # looked at for rows
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Piece:
-    """One token. strength: 0 where it is not trained, else 25 to 75 by its weight; is_special: BOS, EOS, a code."""
+    """One token, or one block of vision. strength: 0 where it is not trained, else 25 to 75 by its weight.
+
+    is_special: BOS, EOS, vision. picture: address of the vision's frames, where they are drawn.
+    """
 
     text: str
     colour: int | None
     strength: int
     is_special: bool
     title: str
+    picture: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,32 +71,60 @@ class DrawnRow:
     weight_path: str
     stretches: list[tuple[int, list[Piece]]]
 
+    @property
+    def has_vision(self) -> bool:
+        return any(block.is_vision for block in self.blocks)
 
-def draw_rows(dataset: Dataset, colours: dict[str, int]) -> list[DrawnRow]:
-    """ROWS rows of the dataset's first shard; `colours` numbers the sources."""
+
+@dataclass(frozen=True)
+class _Part:
+    """An example in a row."""
+
+    source: str
+    num_tokens: int
+    num_vision: int
+
+    @property
+    def shows(self) -> set[tuple[str, str]]:
+        """What a row with it has to show."""
+        found = {("source", self.source)}
+        if self.num_vision:
+            found.add(("vision", "picture" if self.num_vision <= CODES_PER_FRAME + 1 else "video"))
+        return found
+
+
+def draw_rows(dataset: Dataset, colours: dict[str, int], pictures: Pictures) -> list[DrawnRow]:
+    """ROWS rows of the dataset; `colours` numbers the sources, `pictures` draws vision."""
     parts = _parts_by_row(dataset)
-    shown: set[str] = set()
+    offers = {row: set().union(*(part.shows for part in parts[row])) for row in parts}
+    shown: set[tuple[str, str]] = set()
     drawn = []
     for _ in range(min(ROWS, len(parts))):
-        row = max(parts, key=lambda row: (len({name for name, _ in parts[row]} - shown), len(parts[row]), -row))
-        names, lengths = zip(*parts.pop(row), strict=True)
-        shown |= set(names)
-        drawn.append(_draw(dataset, row, np.repeat(names, lengths).tolist(), colours))
+        row = max(offers, key=lambda row: (len(offers[row] - shown), len(parts[row]), -row))
+        shown |= offers.pop(row)
+        sources = np.repeat([part.source for part in parts[row]], [part.num_tokens for part in parts[row]])
+        drawn.append(_draw(dataset, row, sources.tolist(), colours, pictures))
     return drawn
 
 
-def _parts_by_row(dataset: Dataset) -> dict[int, list[tuple[str, int]]]:
-    """(source, tokens) of each example in turn, of every row of the first shard."""
-    name = dataset.info.shards[0].name.removesuffix(".tar")
-    with fsspec.open(f"{dataset.url}/{name}.examples.parquet", "rb") as file:
-        table = pq.read_table(file, columns=["row", "source", "num_tokens"]).to_pydict()
-    parts: dict[int, list[tuple[str, int]]] = {}
-    for row, source, num_tokens in zip(table["row"], table["source"], table["num_tokens"], strict=True):
-        parts.setdefault(row, []).append((source, num_tokens))
+def _parts_by_row(dataset: Dataset) -> dict[int, list[_Part]]:
+    """The examples in turn of every row of the first shards, as many as it takes to have met every source."""
+    unmet = {name for name, of in dataset.info.sources.items() if of.examples}
+    parts: dict[int, list[_Part]] = {}
+    first = 0
+    for shard in dataset.info.shards[:SHARDS]:
+        with fsspec.open(f"{dataset.url}/{shard.name.removesuffix('.tar')}.examples.parquet", "rb") as file:
+            table = pq.read_table(file, columns=["row", "source", "num_tokens", "num_vision"]).to_pydict()
+        for row, *part in zip(*table.values(), strict=True):
+            parts.setdefault(first + row, []).append(_Part(*part))
+        first += shard.num_rows
+        unmet -= set(table["source"])
+        if not unmet:
+            break
     return parts
 
 
-def _draw(dataset: Dataset, row: int, sources: list[str], colours: dict[str, int]) -> DrawnRow:
+def _draw(dataset: Dataset, row: int, sources: list[str], colours: dict[str, int], pictures: Pictures) -> DrawnRow:
     """`sources`: the source of every token that is not padding."""
     packed, arrays = dataset.packed(row), dataset[row]
     length = dataset.info.row_length
@@ -112,6 +149,7 @@ def _draw(dataset: Dataset, row: int, sources: list[str], colours: dict[str, int
         path += [f"{_percent(begin, length)} {height:.1f}", f"{_percent(begin + num, length)} {height:.1f}"]
         begin, before = begin + num, segment
     segments, weights = arrays["segment_ids"], arrays["loss_weights"]
+    vision = {start: stop for _, start, stop in vision_blocks(packed)}
     return DrawnRow(
         dataset=dataset.info.name,
         row=row,
@@ -124,40 +162,84 @@ def _draw(dataset: Dataset, row: int, sources: list[str], colours: dict[str, int
         borders=borders,
         weight_path="M" + "L".join(path),
         stretches=[
-            (start, _pieces(dataset, arrays, start, stop, [colours[name] for name in sources]))
-            for start, stop in _stretches(weights, length - int((segments == 0).sum()))
+            (start, _pieces(dataset, arrays, start, stop, vision, [colours[name] for name in sources], pictures))
+            for start, stop in _stretches(weights, vision, len(sources))
         ],
     )
 
 
-def _stretches(weights: np.ndarray, num_tokens: int) -> list[tuple[int, int]]:
-    """The row's first tokens; and, where an answer begins further on, those around the first such place."""
-    head = min(HEAD, num_tokens)
-    begins = 1 + np.flatnonzero((weights[1:] > 0) & (weights[:-1] == 0))
-    later = begins[begins >= head]
-    if not len(later):
-        return [(0, head)]
-    start, stop = max(head, int(later[0]) - BEFORE), min(num_tokens, int(later[0]) + AFTER)
-    return [(0, stop)] if start == head else [(0, head), (start, stop)]
+def _stretches(weights: np.ndarray, vision: dict[int, int], num_tokens: int) -> list[tuple[int, int]]:
+    """The row's first pieces, and those around what comes first after them: an answer, a picture, a video."""
+
+    def after(at: int, count: int) -> int:
+        while count and at < num_tokens:
+            at, count = vision.get(at, at + 1), count - 1
+        return at
+
+    def before(at: int, count: int) -> int:
+        while count and at > 0:
+            at, count = begins.get(at, at - 1), count - 1
+        return at
+
+    begins = {stop: start for start, stop in vision.items()}
+    head = after(0, HEAD)
+    answers = 1 + np.flatnonzero((weights[1:] > 0) & (weights[:-1] == 0))
+    pictures = [start for start, stop in vision.items() if stop - start <= CODES_PER_FRAME + 1]
+    videos = [start for start, stop in vision.items() if stop - start > CODES_PER_FRAME + 1]
+    stretches = [(0, head)]
+    telling = [next((int(at) for at in places if at >= head), None) for places in (answers, pictures, videos)]
+    for at in sorted({at for at in telling if at is not None}):
+        last_start, last_stop = stretches[-1]
+        start = before(at, BEFORE)
+        if start <= last_stop:
+            stretches[-1] = (last_start, max(last_stop, after(at, AFTER)))
+        else:
+            stretches.append((start, after(at, AFTER)))
+    return stretches
 
 
-def _pieces(dataset: Dataset, arrays: Arrays, start: int, stop: int, colour_of: list[int]) -> list[Piece]:
+def _pieces(
+    dataset: Dataset,
+    arrays: Arrays,
+    start: int,
+    stop: int,
+    vision: dict[int, int],
+    colour_of: list[int],
+    pictures: Pictures,
+) -> list[Piece]:
     tokenizer, max_weight = dataset.text_tokenizer, float(arrays["loss_weights"].max())
     pieces = []
-    for at in range(start, stop):
-        token, weight = int(arrays["tokens"][at]), float(arrays["loss_weights"][at])
-        is_vision = bool(arrays["vision_mask"][at])
-        text = str(token) if is_vision else tokenizer.pieces(np.array([token]))[0]
+    at = start
+    while at < stop:
+        end = vision.get(at, at + 1)
+        tokens, weight = arrays["tokens"][at:end], float(arrays["loss_weights"][end - 1])
+        token, picture = int(tokens[0]), None
+        if at in vision:
+            num_frames = int((tokens >= EOF).sum())
+            picture = pictures.picture(dataset, tokens)
+            text = f"[vision {len(tokens):,} tokens: {num_frames:,} frame{'s' if num_frames != 1 else ''}]"
+            what = f"{num_frames:,} frame{'s' if num_frames != 1 else ''}, tokens {at:,} to {end - 1:,}"
+        else:
+            text = _readable(tokenizer.pieces(tokens)[0])
+            what = f"id {token}, token {at:,}"
         pieces.append(
             Piece(
-                text=text.replace("<0x0A>", "↵").replace("\n", "↵"),
+                text=text,
                 colour=colour_of[at],
                 strength=round(25 + 50 * weight / max_weight) if weight else 0,
-                is_special=is_vision or token in (tokenizer.bos, tokenizer.eos),
-                title=f"{'code' if is_vision else 'id'} {token}, token {at:,}, loss weight {weight:.3g}",
+                is_special=at in vision or token in (tokenizer.bos, tokenizer.eos),
+                title=f"{what}, loss weight {weight:.3g}",
+                picture=picture,
             )
         )
+        at = end
     return pieces
+
+
+def _readable(piece: str) -> str:
+    """The piece; one of a byte as its character, a line's end as a sign."""
+    byte = int(piece[3:5], 16) if len(piece) == 6 and piece.startswith("<0x") else 0
+    return (chr(byte) if 0x20 <= byte < 0x7F else "↵" if byte == 0x0A else piece).replace("\n", "↵")
 
 
 def _percent(part: int, whole: int) -> float:

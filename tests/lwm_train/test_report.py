@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -10,18 +12,26 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from lwm_data.format.dataset import Dataset
 from lwm_data.format.example import text_runs, vision_runs
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.sources.record import Record
+from lwm_train.batch import Batch
+from lwm_train.config import Shares
 from lwm_train.evaluate.heldout import HeldoutLoss
 from lwm_train.evaluate.needle import NeedleAnswer, NeedleResult
+from lwm_train.loss import loss_and_sums
+from lwm_train.metrics import vision_share
 from lwm_train.report import HeldoutPoint, ReportContent, Sample, StageFacts, write_report
-from lwm_train.report_lines import loss_chart, rate_chart, read_metrics
-from lwm_train.report_rows import draw_rows
+from lwm_train.report_lines import loss_chart, mean_share, rate_chart, read_metrics, share_chart
+from lwm_train.report_pictures import FRAMES, HEIGHT, Pictures
+from lwm_train.report_rows import DrawnRow, Piece, draw_rows
+from tests.tiny_vision import TINY, with_tokenizer, write_tiny_tokenizer
 
 HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(2)> \"' & {{ 7 * 7 }} https://evil.example/x.js"
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -201,8 +211,19 @@ def test_a_broken_metrics_file_is_named_with_its_line(tmp_path: Path) -> None:
         read_metrics(path)
 
 
+def places(drawn: DrawnRow) -> list[tuple[int, Piece]]:
+    """(first token, piece) of all that is listed of a row."""
+    found = []
+    for start, pieces in drawn.stretches:
+        for piece in pieces:
+            found.append((start, piece))
+            vision = re.match(r"\[vision ([\d,]+) tokens: ", piece.text)
+            start += int(vision[1].replace(",", "")) if vision else 1
+    return found
+
+
 def test_a_drawn_row_is_the_row(dataset: Dataset, demo_tokenizer: TextTokenizer) -> None:
-    for drawn in draw_rows(dataset, {"made": 0}):
+    for drawn in draw_rows(dataset, {"made": 0}, Pictures()):
         arrays = dataset[drawn.row]
         trained = arrays["loss_weights"] > 0
         assert drawn.num_trained == trained.sum() and drawn.num_padding == (arrays["segment_ids"] == 0).sum()
@@ -213,12 +234,12 @@ def test_a_drawn_row_is_the_row(dataset: Dataset, demo_tokenizer: TextTokenizer)
         )
         assert len(drawn.borders) == drawn.num_segments - 1 + (drawn.num_padding > 0)
         assert any(piece.strength for _, pieces in drawn.stretches for piece in pieces)
-        for start, pieces in drawn.stretches:
-            for at, piece in enumerate(pieces, start):
-                token = int(arrays["tokens"][at])
-                special = bool(arrays["vision_mask"][at]) or token in (demo_tokenizer.bos, demo_tokenizer.eos)
-                assert (piece.strength > 0, piece.is_special) == (trained[at], special)
-                assert f" {token}, token {at:,}," in piece.title
+        for at, piece in places(drawn):
+            token = int(arrays["tokens"][at])
+            is_vision = bool(arrays["vision_mask"][at])
+            special = is_vision or token in (demo_tokenizer.bos, demo_tokenizer.eos)
+            assert (piece.strength > 0, piece.is_special) == (trained[at], special)
+            assert (f"tokens {at:,} to {at + 256:,}," if is_vision else f" {token}, token {at:,},") in piece.title
 
 
 def test_a_naive_row_is_drawn_by_its_parts(
@@ -226,6 +247,137 @@ def test_a_naive_row_is_drawn_by_its_parts(
 ) -> None:
     runs = text_runs(demo_tokenizer, [(demo_tokenizer.encode(corpus_text[:900]), True)], eos=True)
     dataset = dataset_of(tmp_path, [Record(f"{i}", runs) for i in range(5)], 200, packing="naive")
-    for drawn in draw_rows(dataset, {"made": 3}):
+    for drawn in draw_rows(dataset, {"made": 3}, Pictures()):
         assert drawn.num_segments == 1
         assert {block.colour for block in drawn.blocks} <= {3, None}
+
+
+@pytest.fixture(scope="module")
+def seen(
+    tmp_path_factory: pytest.TempPathFactory,
+    demo_tokenizer: TextTokenizer,
+    corpus_text: str,
+    dataset_of: Callable[..., Dataset],
+) -> Dataset:
+    """Many rows of text; one ends with a picture, another, in a later shard, is a video of 12 frames amid text."""
+    folder = tmp_path_factory.mktemp("seen")
+    codes = np.random.default_rng(0).integers(0, TINY.num_codes, (13, 256), dtype=np.int32)
+
+    def text(i: int, num_tokens: int) -> list[tuple[np.ndarray, bool]]:
+        ids = demo_tokenizer.encode(corpus_text[2000 * i : 2000 * i + 8 * num_tokens])
+        return [(ids[: num_tokens // 2], False), (ids[num_tokens // 2 : num_tokens], True)]
+
+    records = [Record(f"text {i}", text_runs(demo_tokenizer, text(i, 3800), eos=True)) for i in range(5)]
+    picture = vision_runs(demo_tokenizer, codes[:1], trained=True)
+    video = vision_runs(demo_tokenizer, codes[1:], trained=False)
+    records.insert(2, Record("picture", (*text_runs(demo_tokenizer, text(5, 3000), eos=False), *picture)))
+    after = text_runs(demo_tokenizer, text(6, 200), eos=True)[1:]
+    records.insert(3, Record("video", (*text_runs(demo_tokenizer, text(7, 400), eos=False), *video, *after)))
+    dataset = dataset_of(folder, records, 4096, rows_per_shard=20)
+    return with_tokenizer(dataset, write_tiny_tokenizer(folder / "tiny.yaml"))
+
+
+def test_a_picture_and_a_video_are_drawn_wherever_they_are_and_no_code_is_listed(seen: Dataset) -> None:
+    drawn = draw_rows(seen, {"made": 0}, Pictures())
+    assert len(drawn) == 3
+    sizes = []
+    for row in drawn:
+        for at, piece in places(row):
+            stretch = seen[row.row]["vision_mask"]
+            assert (piece.picture is not None) == bool(stretch[at])
+            if piece.picture is not None:
+                kind, _, data = piece.picture.partition(",")
+                assert kind == "data:image/jpeg;base64"
+                with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as picture:
+                    sizes.append((piece.text, picture.height, picture.width // HEIGHT))
+                assert (piece.strength > 0) == ("1 frame]" in piece.text)
+        assert sum(len(pieces) for _, pieces in row.stretches) < 400
+    assert sorted(sizes) == [
+        ("[vision 257 tokens: 1 frame]", HEIGHT, 1),
+        ("[vision 3,084 tokens: 12 frames]", HEIGHT, FRAMES),
+    ]
+
+
+def test_a_report_has_pictures_within_it_and_no_more_than_some(
+    tmp_path: Path, content: ReportContent, seen: Dataset
+) -> None:
+    one = replace(content, datasets={"trained on": (seen,)})
+    write_report(tmp_path / "one.html", one)
+    page = (tmp_path / "one.html").read_text(encoding="utf-8")
+    images = [attrs for tag, attrs in Page(page).tags if tag == "img"]
+    assert {image["alt"] for image in images} == {"[vision 257 tokens: 1 frame]", "[vision 3,084 tokens: 12 frames]"}
+    assert all(str(image["src"]).startswith("data:image/jpeg;base64,") for image in images)
+    assert str(seen.info.vision_tokenizer_fingerprint)[:12] in Page(page).words
+    write_report(tmp_path / "again.html", one)
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
+
+    pictures = Pictures(most=2)
+    block = np.append(np.arange(256), 8193)
+    found = [pictures.picture(seen, block) for _ in range(4)]
+    assert [uri is None for uri in found] == [False, False, True, True] and pictures.problems == {}
+
+
+def test_what_cannot_be_drawn_is_told_once_and_the_report_stands(
+    tmp_path: Path, content: ReportContent, seen: Dataset, dataset: Dataset
+) -> None:
+    pictures = Pictures()
+    damaged = np.append(np.arange(200), 8193), np.concatenate([np.arange(300), [8193]])
+    assert [pictures.picture(seen, block) for block in damaged] == [None, None]
+    assert list(pictures.problems) == ["made"] and "a frame of 300 codes" in pictures.problems["made"]
+    write_report(tmp_path / "none.html", replace(content, datasets={"trained on": (dataset,)}))
+    words = Page((tmp_path / "none.html").read_text(encoding="utf-8")).words
+    assert words.count("No pictures of made: the vision tokenizer of its codes is not in its folder") == 1
+
+
+@pytest.mark.parametrize(
+    "shares", [None, Shares(text=0.5, vision=0.5), Shares(text=0, vision=1), Shares(text=3, vision=1)]
+)
+@pytest.mark.parametrize("of_vision", ["none", "some", "all"])
+def test_the_loss_is_the_mean_of_both_losses_by_the_share_of_vision(shares: Shares | None, of_vision: str) -> None:
+    """The share is what the loss itself weighs vision with, which is computed elsewhere."""
+    rng = np.random.default_rng(0)
+    is_vision = {"none": np.zeros(40, bool), "some": rng.random(40) < 0.3, "all": np.ones(40, bool)}[of_vision]
+    weights = rng.random(40).astype(np.float32) * (rng.random(40) < 0.8)
+    batch = Batch(
+        *[jnp.zeros((1, 40), jnp.int32)] * 4,
+        *[jnp.asarray(a)[None] for a in (rng.integers(0, 9, 40), is_vision, weights)],
+    )
+    hidden, *heads = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((1, 40, 8), (8, 16), (8, 16)))
+    loss, sums = loss_and_sums(hidden, *heads, batch, shares)
+    share = vision_share(float(sums.weights[0]), float(sums.weights[1]), shares)
+    if share is None:
+        assert (of_vision, float(loss)) == ("none", 0) and shares is not None and shares.text == 0
+        return
+    text, vision = (float(ce / max(w, 1e-30)) for ce, w in zip(sums.weighted_ce, sums.weights, strict=True))
+    assert float(loss) == pytest.approx((1 - share) * text + share * vision, rel=1e-5)
+    assert {"none": share == 0, "some": 0 < share <= 1, "all": share == 1}[of_vision]
+
+
+def test_a_batch_without_a_trained_token_has_no_share() -> None:
+    assert vision_share(0.0, 0.0, None) is None and vision_share(0.0, 0.0, Shares(text=1, vision=1)) is None
+
+
+def test_the_share_of_vision_is_drawn_where_there_is_vision(tmp_path: Path, content: ReportContent) -> None:
+    path = tmp_path / "mixed.jsonl"
+    lines = [
+        {"stage": "a", "step": i, "loss": 3.0, "text_loss": 2.0, "vision_loss": 4.0, "vision_share": 0.5}
+        for i in range(1, 6)
+    ]
+    lines.append({"stage": "a", "step": 6, "loss": 2.0, "text_loss": 2.0, "vision_loss": None, "vision_share": 0.0})
+    lines.append({"stage": "a", "step": 7, "loss": 0.0, "text_loss": None, "vision_loss": None, "vision_share": None})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    metrics = read_metrics(path)
+    chart = share_chart(metrics)
+    assert chart is not None and len(chart.lines) == 2
+    assert mean_share(metrics) == pytest.approx(5 * 0.5 / 6)
+    tops = [min(float(y) for y in re.findall(r" ([\d.]+)", path)) for _, _, path in chart.lines]
+    assert tops[0] > tops[1], "4 of 6 nats are of vision, and half the weights"
+    write_report(tmp_path / "mixed.html", replace(content, metrics=(path,)))
+    page = (tmp_path / "mixed.html").read_text(encoding="utf-8")
+    Page(page)
+    assert "vision's share of the loss" in page and "42%</b><span>of the loss's weights on vision" in page
+
+    old = read_metrics(write_metrics(tmp_path / "old.jsonl", {"a": 3}))
+    assert share_chart(old) is None and mean_share(old) is None
+    write_report(tmp_path / "old.html", content)
+    assert "share of the loss" not in (tmp_path / "old.html").read_text(encoding="utf-8")
