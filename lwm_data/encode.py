@@ -150,5 +150,6 @@ def _encode(
 
 def _request(source: Images | Videos, item: MediaItem) -> ImageRequest | VideoRequest:
     if isinstance(source, Images):
-        return ImageRequest(item.data if isinstance(item.data, bytes) else Path(item.data).read_bytes())
-    return VideoRequest(item.data, source.fps, source.max_frames, item.start, item.end, source.decoder)
+        data = item.data if isinstance(item.data, bytes) else Path(item.data).read_bytes()
+        return ImageRequest(data, item.min_size)
+    return VideoRequest(item.data, source.fps, source.max_frames, item.start, item.end, source.decoder, item.min_size)

@@ -33,9 +33,10 @@ MAX_DETAIL = 2000  # characters
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """data: the file's bytes."""
+    """data: the file's bytes. min_size: as in frames.decode_image."""
 
     data: bytes
+    min_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class VideoRequest:
     start: float | None = None
     end: float | None = None
     decoder: Decoder = "pyav"
+    min_size: int = 0
 
 
 def serve(channel: int, lifeline: int, seconds_per_item: float, max_memory: int) -> None:
@@ -116,7 +118,7 @@ class _Client:
 
 def _decode(request: ImageRequest | VideoRequest) -> Iterator[UInt8[np.ndarray, "256 256 3"]]:
     if isinstance(request, ImageRequest):
-        yield decode_image(request.data)
+        yield decode_image(request.data, request.min_size)
     else:
         yield from decode_video(
             request.source,
@@ -125,6 +127,7 @@ def _decode(request: ImageRequest | VideoRequest) -> Iterator[UInt8[np.ndarray, 
             start=request.start,
             end=request.end,
             decoder=request.decoder,
+            min_size=request.min_size,
         )
 
 

@@ -41,9 +41,10 @@ TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # its values -> PIL.Image.Tr
 READERS = {"pyav": frames_by_pyav, "decord": frames_by_decord}
 
 
-def decode_image(data: bytes) -> UInt8[np.ndarray, "256 256 3"]:
+def decode_image(data: bytes, min_size: int = 0) -> UInt8[np.ndarray, "256 256 3"]:
     """The image in `data`, turned as its EXIF says, over white where transparent; of an animation the first frame.
 
+    min_size: least width and height in pixels; of less, "filtered: min_size".
     Colours are taken as the file's numbers say: no ICC profile is applied, CMYK is converted without one (as PIL and
     the LWM release do). Grey of 16 bits is rounded to 8; of 16-bit colours PIL keeps the upper 8. ValueError(reason,
     detail): "not an image", "too small", "too long and thin", "too large", "unsupported", "truncated", "damaged".
@@ -63,7 +64,7 @@ def decode_image(data: bytes) -> UInt8[np.ndarray, "256 256 3"]:
         except Exception as error:  # PIL's readers raise what they like on a broken header
             raise ValueError("damaged", f"{type(error).__name__}: {error}") from None
         width, height = image.size
-        check_size(width, height)
+        check_size(width, height, min_size)
         if width * height > MAX_PIXELS:
             raise ValueError("too large", f"{width:,} x {height:,} pixels; wanted at most {MAX_PIXELS:,}")
         if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
@@ -137,12 +138,13 @@ def decode_video(
     start: float | None = None,
     end: float | None = None,
     decoder: Decoder = "pyav",
+    min_size: int = 0,
 ) -> Iterator[UInt8[np.ndarray, "256 256 3"]]:
     """The frames of `source` (a file's bytes, or its local path) at sample_times, one after the other, read-only.
 
     Memory is a few frames, whatever the length. ValueError(reason, detail), maybe in the middle (then what came is to
     be thrown away): "not a video", "no video", "no frames", "no time stamps", "no such clip", "truncated", "damaged",
-    "unreadable", "too long", and those of an image's size.
+    "unreadable", "too long", and those of an image's size, "filtered: min_size" among them.
     """
     from PIL import Image
 
@@ -150,6 +152,8 @@ def decode_video(
     times = sample_times(clip.duration_s, fps, max_frames, start or 0.0, end)
     last = square = None
     for rgb in READERS[decoder](source, clip, times):
+        if square is None:
+            check_size(rgb.shape[1], rgb.shape[0], min_size)
         if rgb is not last or square is None:
             last, square = rgb, to_square(Image.fromarray(rgb))
         yield square

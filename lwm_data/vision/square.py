@@ -26,12 +26,14 @@ MIN_SIDE = 16  # pixels; a tracking pixel or an icon has nothing to see
 MAX_ASPECT = 20  # longer side over shorter; also bounds the resized picture: 256 x 5,120 pixels
 
 
-def check_size(width: int, height: int) -> None:
-    """ValueError(reason, detail) where a picture of so many pixels makes no sensible square."""
+def check_size(width: int, height: int, min_size: int = 0) -> None:
+    """ValueError(reason, detail) where a picture of so many pixels makes no sensible square, or is below `min_size`."""
     if min(width, height) < MIN_SIDE:
         raise ValueError("too small", f"{width:,} x {height:,} pixels; wanted at least {MIN_SIDE} on each side")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError("too long and thin", f"{width:,} x {height:,} pixels; wanted at most {MAX_ASPECT} : 1")
+    if min(width, height) < min_size:
+        raise ValueError("filtered: min_size", f"{width:,} x {height:,} pixels; wanted {min_size:,} or more")
 
 
 def to_square(image: Image.Image) -> UInt8[np.ndarray, "256 256 3"]:

@@ -215,6 +215,21 @@ def test_broken_pictures_are_counted_by_reason_and_stop_nothing(vision: Callable
     assert counts["too small"] + counts["too long and thin"] == 2
 
 
+def test_a_picture_whose_size_nobody_noted_is_measured_for_min_size(vision: Callable[..., Path]) -> None:
+    """Also where an earlier build has its codes: they do not tell its size."""
+    source = {"name": "loose", "type": "images", "path": "loose/*.jpg"}
+    manifest = vision([source], max_rejected=1)
+    folder = manifest.parent / "loose"
+    folder.mkdir()
+    for side in (64, 80):
+        (folder / f"{side}.jpg").write_bytes(_jpeg(side))
+        (folder / f"{side}.txt").write_text(f"It is {side}.")
+    assert build(manifest).info.sources["loose"].rejected == 0
+    result = build(manifest, ["sources.0.min_size=72"])
+    assert _rejected(result) == {"filtered: min_size": 1}
+    assert result.info.sources["loose"].examples == 1
+
+
 def test_broken_videos_are_counted_by_reason_and_stop_nothing(vision: Callable[..., Path]) -> None:
     source = {"name": "clips", "type": "videos", "path": "clips/*.mp4", "fps": 1, "max_frames": 2}
     manifest = vision([source], max_rejected=1)
