@@ -42,6 +42,7 @@ from lwm_data.vision.spec import vision_tokenizer_fingerprint as vision_fingerpr
 from lwm_data.work_folder import ShardRecord, WorkFolder, refuse_foreign
 
 VERSION = 3  # raise it when the same units give other rows
+PATHS = ("path", "haystack", "text_tokenizer", "vision_tokenizer")  # keys of the manifest that name files
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,12 @@ def build(manifest_path: str | Path, overrides: Sequence[str] = (), workers: int
 def describe(manifest: DatasetManifest, folder: Path) -> dict[str, Any]:
     """The manifest without what is of this machine: paths relative to the manifest, no output folders."""
 
-    def relative(value: Any) -> Any:
+    def relative(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
-            return {key: relative(item) for key, item in value.items()}
+            return {name: relative(item, name) for name, item in value.items()}
         if isinstance(value, list | tuple):
             return [relative(item) for item in value]
-        return os.path.relpath(value, folder) if isinstance(value, str) and os.path.isabs(value) else value
+        return os.path.relpath(value, folder) if key in PATHS and value and os.path.isabs(value) else value
 
     described: dict[str, Any] = relative(manifest.model_dump(exclude={"out", "token_store"}))
     return described
@@ -222,7 +223,7 @@ def _write_shards(
         for record in run_units(write_shard_rows, form, todo(), min(workers, -(-num_tokens // manifest.shard_size))):
             done[record.shard.name] = record
             progress.advance(record.num_tokens, f"{len(done)} shards")
-    return [done[name] for name in sorted(done)]
+    return [done[name] for name in sorted(done, key=lambda name: (len(name), name))]
 
 
 def _info(

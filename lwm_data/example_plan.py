@@ -22,7 +22,7 @@ from jaxtyping import Int32, Int64
 from lwm_data.engine import whole_file
 from lwm_data.manifest import DatasetManifest
 from lwm_data.manifest_sources import AnySource, Books, Needles
-from lwm_data.sources.fit import FRAME, RunShape, num_text_parts, part_lengths
+from lwm_data.sources.fit import FRAME, RunShape, keeps_trained, num_text_parts, part_lengths
 from lwm_data.sources.record import Rejection
 from lwm_data.token_store import StoreFile
 
@@ -126,6 +126,10 @@ def _fit_unit(manifest: DatasetManifest, source: AnySource, store: StoreFile) ->
             if source.overflow == "thin" or any(run.is_vision for run in shape):
                 with_vision[i] = _part_lengths(manifest, source, store.key(i), shape)
                 fitted[i] = len(with_vision[i])
+            if source.overflow == "truncate" and fitted[i] and not keeps_trained(shape, row_length, "truncate"):
+                fitted[i] = 0
+                notes.append(Rejection(store.key(i), "nothing trained", f"of the first {row_length:,} tokens, a row"))
+                continue
             note = _overflow_note(manifest, source, store.key(i), int(lengths[i]), with_vision.get(i), int(fitted[i]))
             notes += [note] if note is not None else []
         parts = np.where(parts > 0, fitted, 0)

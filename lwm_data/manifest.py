@@ -27,7 +27,7 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 def _bytes(value: Any) -> Any:
-    match = re.fullmatch(r"([0-9.]+) *([KMG]?B?)", value) if isinstance(value, str) else None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMG]?B?)", value) if isinstance(value, str) else None
     if match is None or match[2] not in UNITS:
         return value
     return int(float(match[1]) * UNITS[match[2]])

@@ -131,7 +131,8 @@ class StoreFile:
         batch, i = self._find(record)
         lengths = _values(batch.column("run_lengths"), i).tolist()
         vision = _values(batch.column("run_vision"), i).tolist()
-        return tuple(RunShape(length, bool(is_vision)) for length, is_vision in zip(lengths, vision, strict=True))
+        trained = _values(batch.column("run_trained"), i).tolist()
+        return tuple(RunShape(n, bool(v), bool(t)) for n, v, t in zip(lengths, vision, trained, strict=True))
 
     def record(self, record: int) -> Record:
         """Record number `record`; its tokens are views of the map."""

@@ -152,8 +152,8 @@ class WorkFolder:
         if not marker.is_file() or marker.read_text() != fingerprint:
             marker.unlink(missing_ok=True)
             self._keep_shards(0)
-            for record in self.work.glob("shard-*.json"):
-                record.unlink()
+            for path in [*self.work.glob("shard-*.json"), *self.out.glob("*_tokenizer.*")]:
+                path.unlink()
             sync_folder(self.out)
             with whole_file(marker) as file:
                 file.write(fingerprint.encode())

@@ -2,8 +2,10 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -11,6 +13,16 @@ DEMO = Path(__file__).parents[1] / "manifests" / "demo"
 FILES = sorted(path for folder in ("novels", "heldout", "chats") for path in (DEMO / folder).iterdir())
 NOVELS = [path for path in FILES if path.suffix == ".txt"]
 CHATS = [path for path in FILES if path.name.endswith(".jsonl.zst")]
+MEDIA = sorted(path for folder in ("photos", "clips") for path in (DEMO / folder).glob("*.tar"))
+LICENCES = {
+    "GPL-2.0": "GPL-2",
+    "GPL-2.0-or-later": "GPL-2",
+    "LGPL-3.0": "LGPL-3",
+    "CC0": "CC0-1.0",
+    "CC0-1.0": "CC0-1.0",
+}
+BY_ADDRESS = ("CC-BY-3.0", "CC-BY-4.0", "CC-BY-SA-4.0")
+FREE = ("public domain", "public domain in the USA")
 
 
 def _name(path: Path) -> str:
@@ -77,3 +89,22 @@ def test_chats_are_dialogues_that_end_with_the_assistant() -> None:
             assert len(record["data"]) % 2 == 0 and all(turn.strip() for turn in record["data"])
             keys.append(record["id"])
     assert len(keys) == len(set(keys)) == 324
+
+
+@pytest.mark.parametrize("path", MEDIA, ids=_name)
+def test_every_photograph_and_clip_has_a_caption_a_credit_and_a_licence_whose_text_is_here(path: Path) -> None:
+    with tarfile.open(path) as tar:
+        names = tar.getnames()
+    keys = sorted({name.partition(".")[0] for name in names})
+    assert {f"{key}.txt" for key in keys} <= set(names)
+    credits = (DEMO / "CREDITS.md").read_text(encoding="utf-8").splitlines()
+    licence_of = {row["key"]: row["licence"] for row in pq.read_table(path.with_suffix(".parquet")).to_pylist()}
+    assert sorted(licence_of) == keys
+    for key in keys:
+        (line,) = [line for line in credits if line.startswith(f"| {_name(path)} {key} |")]
+        licence = licence_of[key].partition(" (")[0]
+        assert licence in line
+        if licence in LICENCES:
+            assert (DEMO / "licences" / f"{LICENCES[licence]}.txt").stat().st_size > 1000
+        else:
+            assert licence in (*BY_ADDRESS, *FREE), licence

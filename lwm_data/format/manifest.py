@@ -155,7 +155,9 @@ def _explain(
     if error["type"] == "missing":
         return f"{where}: missing; it has no default"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{where}: got {error['input']!r}; wanted {message}"
+    of_model = error["type"] == "value_error" and isinstance(error["input"], dict)  # its input is all that stands in it
+    got = "" if of_model else f"got {error['input']!r}; "
+    return f"{where}: {got}wanted {message}"
 
 
 def _in_data(loc: Sequence[str | int], data: Any) -> list[str | int]:
@@ -167,7 +169,7 @@ def _in_data(loc: Sequence[str | int], data: Any) -> list[str | int]:
             place = place[str(part)]
         elif isinstance(place, list) and isinstance(part, int) and part < len(place):
             place = place[part]
-        elif i < len(loc) - 1:
+        elif i < len(loc) - 1 or (isinstance(place, dict) and place.get("type") == part):
             continue
         key.append(part)
     return key

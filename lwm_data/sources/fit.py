@@ -38,6 +38,7 @@ class RunShape:
 
     num_tokens: int
     is_vision: bool
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ def part_lengths(shape: Sequence[RunShape], row_length: int, overflow: Overflow)
     ValueError where a row cannot hold a single frame.
     """
     return [sum(piece.num_tokens(shape) for piece in part) for part in _parts(tuple(shape), row_length, overflow)]
+
+
+def keeps_trained(shape: Sequence[RunShape], row_length: int, overflow: Overflow) -> bool:
+    """Whether the first example that a record of this shape becomes has a token that is trained."""
+    return any(shape[piece.run].trained for piece in _parts(tuple(shape), row_length, overflow)[0][1:])
 
 
 def fit(record: Record, source: str, part: int, row_length: int, overflow: Overflow) -> Example:

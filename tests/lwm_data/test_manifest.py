@@ -15,6 +15,8 @@ from lwm_data.manifest import DatasetManifest, read_dataset_manifest
 DEMO = Path(__file__).parents[2] / "manifests" / "demo"
 BOOKS = {"name": "b", "type": "books", "path": "books/*.txt"}
 NEEDLES = {"name": "n", "type": "needles", "count": 1, "haystack": "books/*.txt", "tokens": 250}
+LINES = {"name": "l", "type": "lwm_jsonl", "path": "x.jsonl"}
+PHOTOS = {"name": "p", "type": "images", "path": "*.tar"}
 
 
 @pytest.mark.parametrize("name", ["dataset", "short", "medium", "heldout"])
@@ -57,6 +59,15 @@ def test_a_number_stands_for_a_range_of_one(project: Callable[..., Path]) -> Non
             {"sources": [NEEDLES | {"needles": 100}]},
             r"sources.0.*wanted needles.max <= \d+, a city for each fact \(got 100\)",
         ),
+        (
+            {"sources": [BOOKS | {"share": 1}, BOOKS | {"name": "c"}]},
+            r"manifest: wanted a share for every source, or for none \(none for c\)",
+        ),
+        ({"sources": [BOOKS | {"pack_with": "none"}], "packing": "naive"}, r"wanted pack_with: none only under"),
+        ({"sources": [LINES]}, r"sources.0: wanted one of fields and fields_from_example"),
+        ({"sources": [PHOTOS]}, r"wanted vision_tokenizer: tokenizers/\*.yaml, for the source p"),
+        ({"sources": [PHOTOS | {"where": "width >"}]}, r"sources.0.where: got 'width >'; wanted .*a condition like"),
+        ({"shard_size": "1.5.2MB"}, r"shard_size: got '1.5.2MB'; wanted"),
         ({"out": "memory://x"}, r"out: got 'memory://x'; wanted a folder on disk, no URL"),
         ({"token_store": "s3://b/store"}, r"token_store: got 's3://b/store'; wanted a folder on disk, no URL"),
         ({"kind": "data"}, r"kind: got 'data'; wanted dataset"),
