@@ -79,7 +79,7 @@ def build(manifest_path: str | Path, overrides: Sequence[str] = (), workers: int
         info = work.finished(fingerprint)
         if info is not None:
             return BuildResult(out, info, built=False)
-        _encode(units, store, manifest.vision_tokenizer, workers)
+        _encode(units, store, manifest.vision_tokenizer, vision, workers)
         _tokenize(units, store, tokenizer, workers)
         sources = [unit.source for unit in units]
         plan = plan_examples(manifest, sources, _paths(units, store), work.planned_rejected)
@@ -146,21 +146,24 @@ def _plan_units(manifest: DatasetManifest, tokenizer: TextTokenizer, vision: Vis
     return units
 
 
-def _encode(units: list[Unit], store: Path, vision_tokenizer: str | None, workers: int) -> None:
+def _encode(
+    units: list[Unit], store: Path, vision_tokenizer: str | None, vision: VisionTokenizerSpec | None, workers: int
+) -> None:
     coded = {store / unit.codes: unit for unit in units if unit.codes}
     if not coded:
         return
-    from lwm_data.encode import Encoding, default_device, encode_unit  # brings torch, which packing text does not need
+    from lwm_data.encode import encode_unit, encoding  # brings torch, which packing text does not need
 
-    assert vision_tokenizer is not None
+    assert vision_tokenizer is not None and vision is not None
     store.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(store)
     missing = [unit for path, unit in coded.items() if not path.is_file()]
     with Progress("encode", len(coded), "units") as progress:
         progress.advance(
             len(coded) - len(missing), "the rest is in the token store" if len(missing) < len(coded) else ""
         )
         workers = min(workers, max(1, len(missing)))
-        shared = Encoding(store, vision_tokenizer, default_device(), max(1, (os.cpu_count() or 1) // workers))
+        shared = encoding(store, vision_tokenizer, vision_fingerprint(vision), workers)
         num_frames = 0
         for count in run_units(encode_unit, shared, missing, workers):
             num_frames += count

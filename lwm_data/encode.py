@@ -8,6 +8,7 @@ What is already coded in a file of the same codes (other filters, the same pixel
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from lwm_data.code_store import Coded, CodeFile, write_codes
 from lwm_data.manifest_sources import Images, Videos
 from lwm_data.sources.files import check_unchanged
 from lwm_data.sources.images import read_images
+from lwm_data.sources.key_index import SeenKeys
 from lwm_data.sources.media import MediaItem
 from lwm_data.sources.record import Rejection
 from lwm_data.sources.unit import Unit
@@ -29,19 +31,23 @@ from lwm_data.vision.decode_pool import DecodePool, Failure, ImageRequest, Video
 from lwm_data.vision.vqgan import VisionTokenizer, load_vision_tokenizer
 
 FRAMES = 64  # encoded at a time
-DECODERS = 2  # child processes
 PICTURE_SECONDS = 60.0  # that decoding may take
 VIDEO_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """store: the token store. vision_tokenizer: path of the spec. device: as torch names it. threads: of torch."""
+    """store: the token store. vision_tokenizer: path of the spec, and what its fingerprint must be.
+
+    device: as torch names it. threads: of torch. decoders: child processes.
+    """
 
     store: Path
     vision_tokenizer: str
+    fingerprint: str
     device: str
     threads: int
+    decoders: int
 
 
 def encode_unit(shared: Encoding, unit: Unit) -> int:
@@ -49,13 +55,13 @@ def encode_unit(shared: Encoding, unit: Unit) -> int:
     source = unit.source
     assert isinstance(source, Images | Videos)
     torch.set_num_threads(shared.threads)
-    tokenizer = _tokenizer(shared.vision_tokenizer, shared.device)
+    tokenizer = _tokenizer(shared.vision_tokenizer, shared.fingerprint, shared.device)
     items = read_images(source, unit.files) if isinstance(source, Images) else read_videos(source, unit.files)
     seconds = PICTURE_SECONDS if isinstance(source, Images) else VIDEO_SECONDS
     known = [CodeFile(path) for path in sorted(shared.store.glob(f"{unit.codes.rpartition('-')[0]}-*.arrow"))]
 
     def coded() -> Iterator[Coded | Rejection]:
-        with DecodePool(DECODERS, seconds_per_item=seconds) as pool:
+        with DecodePool(shared.decoders, seconds_per_item=seconds) as pool:
             yield from _encode(source, items, pool, tokenizer, known)
         for file in unit.files:
             check_unchanged(file)
@@ -63,14 +69,20 @@ def encode_unit(shared: Encoding, unit: Unit) -> int:
     return write_codes(shared.store / unit.codes, coded())
 
 
-def default_device() -> str:
-    """A GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def encoding(store: Path, vision_tokenizer: str, fingerprint: str, workers: int) -> Encoding:
+    """How each of `workers` processes encodes: on a GPU where there is one, with its share of the cores."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cores = max(1, len(os.sched_getaffinity(0)) // workers)
+    # A GPU takes frames faster than two processes decode them; on a CPU the model is the slower side by far.
+    return Encoding(store, vision_tokenizer, fingerprint, device, cores, max(2, cores) if device == "cuda" else 2)
 
 
 @lru_cache(maxsize=1)  # units of one build have one tokenizer
-def _tokenizer(spec: str, device: str) -> VisionTokenizer:
-    return load_vision_tokenizer(spec, device)
+def _tokenizer(spec: str, fingerprint: str, device: str) -> VisionTokenizer:
+    tokenizer = load_vision_tokenizer(spec, device)
+    if tokenizer.fingerprint != fingerprint:
+        raise ValueError(f"{spec}: changed while it was in use; build again once nothing writes to it")
+    return tokenizer
 
 
 @dataclass
@@ -102,11 +114,14 @@ def _encode(
     places = {key: (file, place) for file in known for key, place in file.places().items()}
     pending: deque[_Pending] = deque()  # all that are read and not given out
     asked: dict[int, _Pending] = {}  # by the request's number
+    seen = SeenKeys()
     batch: list[tuple[_Pending, np.ndarray, bool]] = []  # frames to encode, and whether they are the item's last
 
     def requests() -> Iterator[ImageRequest | VideoRequest]:
         number = 0
         for item in items:
+            if isinstance(item, MediaItem) and not seen.add(item.key):
+                item = Rejection(item.key, "duplicate key", "an earlier record of the unit has it")
             if isinstance(item, Rejection):
                 pending.append(_Pending(item.key, rejection=item, done=True))
             elif item.key in places and not item.min_size:  # codes do not tell how large the picture was

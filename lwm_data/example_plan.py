@@ -22,13 +22,14 @@ from jaxtyping import Int32, Int64
 from lwm_data.engine import whole_file
 from lwm_data.manifest import DatasetManifest
 from lwm_data.manifest_sources import AnySource, Books, Needles
-from lwm_data.sources.fit import FRAME, RunShape, keeps_trained, num_text_parts, part_lengths
+from lwm_data.sources.fit import FRAME, RunShape, is_plain, num_text_parts, part_lengths
 from lwm_data.sources.record import Rejection
 from lwm_data.token_store import StoreFile
 
 SHOWN = 3  # bad records that an error message names
 REMEDY = {"books": "split", "videos": "thin"}
-NOT_WHOLE = ("truncated", "thinned")  # reasons of records that are taken all the same
+FILTERED = "filtered: "  # reasons that begin so are the manifest's wish, and nothing bad
+NOT_WHOLE = ("truncated", "thinned", "part not trained")  # reasons of records that are taken all the same
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ def plan_examples(
         for unit, (source, path) in enumerate(zip(sources, stores, strict=True)):
             store = StoreFile(path)
             damaged = store.rejections()
-            num_bad[source.name] += len(damaged)
-            bad[source.name] += damaged[: SHOWN - len(bad[source.name])]
+            wrong = [rejection for rejection in damaged if not rejection.reason.startswith(FILTERED)]
+            num_bad[source.name] += len(wrong)
+            bad[source.name] += wrong[: SHOWN - len(bad[source.name])]
             fitted, notes = _fit_unit(manifest, source, store)
             for note in itertools.chain(damaged, notes):
                 line = {"source": source.name, "key": note.key, "reason": note.reason, "detail": note.detail}
@@ -117,21 +119,24 @@ def _fit_unit(manifest: DatasetManifest, source: AnySource, store: StoreFile) ->
         for i in np.flatnonzero(lengths > most).tolist() if most is not None else ():
             notes.append(Rejection(store.key(i), "too long", f"{lengths[i]:,} tokens; tokens.max is {most:,}"))
             parts[i] = 0
-    with_vision: dict[int, list[int]] = {}  # record -> lengths of its parts
+    walked: dict[int, list[int]] = {}  # record -> lengths of its parts, where lengths alone do not tell
     if manifest.packing == "masked":
         row_length = manifest.row_length
         fitted = num_text_parts(lengths, row_length, source.overflow)
         for i in np.flatnonzero((parts > 0) & (lengths > row_length)).tolist():
             shape = store.shape(i)
-            if source.overflow == "thin" or any(run.is_vision for run in shape):
-                with_vision[i] = _part_lengths(manifest, source, store.key(i), shape)
-                fitted[i] = len(with_vision[i])
-            if source.overflow == "truncate" and fitted[i] and not keeps_trained(shape, row_length, "truncate"):
-                fitted[i] = 0
-                notes.append(Rejection(store.key(i), "nothing trained", f"of the first {row_length:,} tokens, a row"))
-                continue
-            note = _overflow_note(manifest, source, store.key(i), int(lengths[i]), with_vision.get(i), int(fitted[i]))
-            notes += [note] if note is not None else []
+            num_untrained = 0
+            if source.overflow == "thin" or not is_plain(shape):
+                walked[i], num_untrained = _part_lengths(manifest, source, store.key(i), shape)
+                fitted[i] = len(walked[i])
+            if num_untrained:
+                reason = "part not trained" if fitted[i] else "nothing trained"
+                detail = (
+                    f"{lengths[i]:,} tokens; in {num_untrained:,} of {num_untrained + fitted[i]:,} parts no token is"
+                )
+                notes.append(Rejection(store.key(i), reason, detail))
+            else:
+                notes += _overflow_note(manifest, source, store.key(i), int(lengths[i]), walked.get(i), int(fitted[i]))
         parts = np.where(parts > 0, fitted, 0)
     of = np.repeat(np.arange(len(parts)), parts)
     whole = lengths[of]
@@ -140,12 +145,14 @@ def _fit_unit(manifest: DatasetManifest, source: AnySource, store: StoreFile) ->
         left = whole - 1 - part * (manifest.row_length - 1)
         whole = np.minimum(np.minimum(left, manifest.row_length - 1) + 1, whole)
         firsts = np.cumsum(parts) - parts
-        for i, of_parts in with_vision.items():
+        for i, of_parts in walked.items():
             whole[firsts[i] : firsts[i] + len(of_parts)] = of_parts
     return _Fitted(parts, of, whole), notes
 
 
-def _part_lengths(manifest: DatasetManifest, source: AnySource, key: str, shape: tuple[RunShape, ...]) -> list[int]:
+def _part_lengths(
+    manifest: DatasetManifest, source: AnySource, key: str, shape: tuple[RunShape, ...]
+) -> tuple[list[int], int]:
     try:
         return part_lengths(shape, manifest.row_length, source.overflow)
     except ValueError as error:
@@ -154,7 +161,7 @@ def _part_lengths(manifest: DatasetManifest, source: AnySource, key: str, shape:
 
 def _overflow_note(
     manifest: DatasetManifest, source: AnySource, key: str, length: int, of_parts: list[int] | None, num_parts: int
-) -> Rejection | None:
+) -> list[Rejection]:
     """What is told of a record of `length` tokens that is longer than a row."""
     number = f"{length:,} tokens"
     if source.overflow == "error":
@@ -165,13 +172,13 @@ def _overflow_note(
             f"{source.name}: {key}: {number} do not fit a row of {manifest.row_length:,} (row_length); {remedy}"
         )
     if num_parts == 0:
-        return Rejection(key, "longer than a row", f"{number}; row_length is {manifest.row_length:,}")
+        return [Rejection(key, "longer than a row", f"{number}; row_length is {manifest.row_length:,}")]
     kept = of_parts[0] if of_parts else manifest.row_length
     if source.overflow == "truncate":
-        return Rejection(key, "truncated", f"{number}; kept the first {kept:,}")
+        return [Rejection(key, "truncated", f"{number}; kept the first {kept:,}")]
     if source.overflow == "thin":
-        return Rejection(key, "thinned", f"{number}; kept {kept:,}, with {(length - kept) // FRAME:,} frames fewer")
-    return None
+        return [Rejection(key, "thinned", f"{number}; kept {kept:,}, with {(length - kept) // FRAME:,} frames fewer")]
+    return []
 
 
 def _columns(unit: int, fitted: _Fitted) -> tuple[np.ndarray, ...]:

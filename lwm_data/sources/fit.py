@@ -76,29 +76,31 @@ def num_text_parts(num_tokens: Int64[np.ndarray, " n"], row_length: int, overflo
     return np.asarray(parts, np.int64)
 
 
-def part_lengths(shape: Sequence[RunShape], row_length: int, overflow: Overflow) -> list[int]:
-    """The tokens of each example that a record of this shape becomes; none where it is dropped.
+def is_plain(shape: Sequence[RunShape]) -> bool:
+    """Whether a record is text that is all trained but BOS; then `num_text_parts` tells all of its parts."""
+    return not any(run.is_vision or not run.trained for run in shape[1:]) and shape[0].num_tokens == 1
 
-    ValueError where a row cannot hold a single frame.
+
+def part_lengths(shape: Sequence[RunShape], row_length: int, overflow: Overflow) -> tuple[list[int], int]:
+    """The tokens of each example that a record of this shape becomes, and how many more there would be.
+
+    These are parts without a token that is trained: nobody would learn from them. A record that is dropped has no
+    parts. ValueError where a row cannot hold a single frame.
     """
-    return [sum(piece.num_tokens(shape) for piece in part) for part in _parts(tuple(shape), row_length, overflow)]
-
-
-def keeps_trained(shape: Sequence[RunShape], row_length: int, overflow: Overflow) -> bool:
-    """Whether the first example that a record of this shape becomes has a token that is trained."""
-    return any(shape[piece.run].trained for piece in _parts(tuple(shape), row_length, overflow)[0][1:])
+    parts, num_untrained = _parts(tuple(shape), row_length, overflow)
+    return [sum(piece.num_tokens(shape) for piece in part) for part in parts], num_untrained
 
 
 def fit(record: Record, source: str, part: int, row_length: int, overflow: Overflow) -> Example:
     """Part `part` of `record` as an example of at most `row_length` tokens."""
-    shape = [RunShape(len(run.tokens), run.is_vision) for run in record.runs]
+    shape = [RunShape(len(run.tokens), run.is_vision, run.trained) for run in record.runs]
     if sum(run.num_tokens for run in shape) <= row_length:
         return Example(source, record.key, part, record.runs)
-    if not any(run.is_vision for run in shape):  # in one step, as a book can have any number of parts
+    if is_plain(shape) and overflow != "thin":  # in one step, as a book can have any number of parts
         start, stop = 1 + part * (row_length - 1), 1 + (part + 1) * (row_length - 1)
         return Example(source, record.key, part, _cut(record.runs, 0, 1) + _cut(record.runs, start, stop))
     runs: list[Run] = []
-    for piece in _parts(tuple(shape), row_length, overflow)[part]:
+    for piece in _parts(tuple(shape), row_length, overflow)[0][part]:
         whole = record.runs[piece.run]
         if isinstance(piece, _Stretch):
             runs.append(Run(whole.tokens[piece.start : piece.stop], whole.is_vision, whole.trained))
@@ -132,12 +134,16 @@ def _cut(runs: tuple[Run, ...], start: int, stop: int) -> tuple[Run, ...]:
 
 
 @lru_cache(maxsize=1024)  # the parts of one long video are asked for one at a time
-def _parts(shape: tuple[RunShape, ...], row_length: int, overflow: Overflow) -> list[_Part]:
+def _parts(shape: tuple[RunShape, ...], row_length: int, overflow: Overflow) -> tuple[list[_Part], int]:
+    """The parts, without those in which nothing is trained, and the number of these."""
     if overflow == "thin":
-        return _thin(shape, row_length)
-    if overflow == "split":
-        return _fill(shape, row_length)
-    return _fill(shape, row_length)[:1] if overflow == "truncate" else []
+        parts = _thin(shape, row_length)
+    elif overflow in ("split", "truncate"):
+        parts = _fill(shape, row_length)[: 1 if overflow == "truncate" else None]
+    else:
+        parts = []
+    kept = [part for part in parts if any(shape[piece.run].trained for piece in part[1:])]
+    return kept, len(parts) - len(kept)
 
 
 def _pieces(shape: Sequence[RunShape]) -> _Part:

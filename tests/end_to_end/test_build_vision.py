@@ -18,8 +18,11 @@ from PIL import Image
 
 from lwm_data.build import BuildResult, build
 from lwm_data.check import check_dataset
+from lwm_data.encode import encode_unit, encoding
 from lwm_data.format.dataset import Dataset, open_dataset
 from lwm_data.format.vocab import EOV
+from lwm_data.manifest_sources import Images
+from lwm_data.sources.unit import Unit
 from lwm_data.vision.dataset_tokenizer import dataset_vision_tokenizer
 from lwm_data.vision.frames import decode_image, decode_video
 from lwm_data.vision.vqgan import VisionTokenizer, load_vision_tokenizer
@@ -140,7 +143,7 @@ def test_codes_are_computed_once_for_every_row_length_order_and_filter(
     filtered = build(vision([PHOTOS | {"where": "width >= 1"}]))
     assert filtered.info.fingerprint == first.info.fingerprint
     none = vision([PHOTOS | {"where": "width < 1"}, {"name": "talk", "type": "chats", "path": "chats.jsonl"}])
-    assert build(none, ["max_rejected=1"]).info.sources["photos"].rejected == 3
+    assert build(none).info.sources["photos"].rejected == 3
 
 
 @pytest.mark.parametrize("order", ["text-first", "vision-first"])
@@ -150,6 +153,44 @@ def test_the_last_side_alone_is_trained_when_the_manifest_says_so(vision: Callab
     weights = {is_vision: row["loss_weights"][row["vision_mask"] == is_vision].sum() for is_vision in (False, True)}
     assert (weights[True] > 0) == (order == "text-first")
     assert weights[False] > 0  # EOS at the least
+
+
+def test_another_tokenizer_at_the_same_path_gives_its_own_codes(vision: Callable[..., Path]) -> None:
+    """In one process, too, and a change between the plan and the encoding is refused."""
+    manifest = vision([PHOTOS])
+    first = dict(_blocks(open_dataset(build(manifest).out)))
+    write_tiny_tokenizer(manifest.parent / "tiny.yaml", seed=1)
+    dataset = open_dataset(build(manifest).out)
+    tokenizer = dataset_vision_tokenizer(dataset)
+    assert tokenizer is not None
+    members = _members(MEDIA / "00000.tar")
+    for key, codes in _blocks(dataset):
+        picture = members[key.rpartition("/")[2] + ".jpg"]
+        np.testing.assert_array_equal(codes, tokenizer.encode(decode_image(picture)[None]))
+        assert not np.array_equal(codes, first[key])
+    shared = encoding(manifest.parent, str(manifest.parent / "tiny.yaml"), "another", 1)
+    with pytest.raises(ValueError, match="changed while it was in use"):
+        encode_unit(shared, Unit(Images(**PHOTOS), (), 0, "", codes="codes-0-0.arrow"))
+
+
+def test_what_the_manifest_filters_is_counted_but_not_bad(vision: Callable[..., Path]) -> None:
+    talk = {"name": "talk", "type": "chats", "path": "chats.jsonl"}
+    result = build(vision([PHOTOS | {"where": "width < 1"}, talk]))  # max_rejected is 0.05
+    assert _rejected(result) == {"filtered: where": 3}
+    assert result.info.sources["photos"].rejected == 3
+
+
+def test_parts_of_a_video_in_which_nothing_is_trained_are_left_out_and_counted(vision: Callable[..., Path]) -> None:
+    source = {"name": "clips", "type": "videos", "path": "clips/*.mp4", "fps": 3, "max_frames": 10, "train": "last"}
+    manifest = vision([source | {"overflow": "split", "order": "vision-first"}])
+    (manifest.parent / "clips").mkdir()
+    (manifest.parent / "clips" / "a.mp4").write_bytes(_clip("000000006"))
+    (manifest.parent / "clips" / "a.txt").write_text("A woman makes a sign.")
+    result = build(manifest)
+    table = pq.read_table(result.out / "shard-000000.examples.parquet").to_pylist()
+    assert len(table) == 1 and table[0]["num_trained"] > 0  # the caption's
+    assert _rejected(result) == {"part not trained": 1}
+    assert result.info.sources["clips"].rejected == 0
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(vision: Callable[..., Path]) -> None:

@@ -60,7 +60,8 @@ def _fitted(record: Record, row_length: int, overflow: Overflow) -> list[Example
     shape = [RunShape(len(run.tokens), run.is_vision) for run in record.runs]
     if sum(run.num_tokens for run in shape) <= row_length:
         return [fit(record, "s", 0, row_length, overflow)]
-    lengths = part_lengths(shape, row_length, overflow)
+    lengths, num_untrained = part_lengths(shape, row_length, overflow)
+    assert num_untrained == 0
     parts = [fit(record, "s", part, row_length, overflow) for part in range(len(lengths))]
     assert [part.num_tokens for part in parts] == lengths
     assert all(length <= row_length for length in lengths)
@@ -139,7 +140,7 @@ def test_text_is_split_the_same_in_one_step_as_part_by_part(num_tokens: int, row
         assert parts == 1
         return
     shape = [RunShape(1, False), RunShape(num_tokens - 2, False), RunShape(1, False)]
-    lengths = part_lengths([run for run in shape if run.num_tokens], row_length, "split")
+    lengths, _ = part_lengths([run for run in shape if run.num_tokens], row_length, "split")
     assert len(lengths) == parts
     assert lengths[:-1] == [row_length] * (parts - 1)
     assert sum(lengths) - parts == num_tokens - 1
@@ -149,3 +150,24 @@ def test_a_row_that_holds_no_frame_is_an_error_with_numbers(demo_tokenizer: Text
     shape = [RunShape(len(run.tokens), run.is_vision) for run in _record([-1], demo_tokenizer).runs]
     with pytest.raises(ValueError, match="a frame of 257 tokens and its delimiters do not fit a row of 256"):
         part_lengths(shape, 256, "split")
+
+
+@given(items=ITEMS, row_length=ROW, first_trained=st.integers(0, 12))
+def test_parts_in_which_nothing_is_trained_are_left_out_and_counted(
+    items: list[int], row_length: int, first_trained: int, demo_tokenizer: TextTokenizer
+) -> None:
+    whole = _record(items, demo_tokenizer)
+    runs = tuple(Run(run.tokens, run.is_vision, i > 0 and i >= first_trained) for i, run in enumerate(whole.runs))
+    shape = [RunShape(len(run.tokens), run.is_vision, run.trained) for run in runs]
+    if sum(run.num_tokens for run in shape) <= row_length:
+        return
+    lengths, num_untrained = part_lengths(shape, row_length, "split")
+    all_lengths, none = part_lengths([RunShape(run.num_tokens, run.is_vision) for run in shape], row_length, "split")
+    assert none == 0 and len(all_lengths) == len(lengths) + num_untrained
+    parts = [fit(Record("key", runs), "s", part, row_length, "split") for part in range(len(lengths))]
+    assert all(part.num_trained > 0 for part in parts)
+    assert [part.num_tokens for part in parts] == lengths
+    words = [word for part in parts for run in part.runs if run.trained and not run.is_vision for word in run.tokens]
+    wanted = [word for run in runs if run.trained and not run.is_vision for word in run.tokens]
+    delimiters = {*demo_tokenizer.vision_start.tolist(), *demo_tokenizer.vision_end.tolist()}
+    assert [word for word in words if word not in delimiters] == [word for word in wanted if word not in delimiters]
