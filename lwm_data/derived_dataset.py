@@ -19,16 +19,25 @@ from typing import Any
 
 import fsspec
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 
 from lwm_data.engine import run_units, whole_file
-from lwm_data.format.dataset import FORMAT_VERSION, INDEX, Dataset, DatasetInfo, ShardInfo, SourceCounts
+from lwm_data.format.dataset import (
+    FORMAT_VERSION,
+    INDEX,
+    Dataset,
+    DatasetInfo,
+    ShardInfo,
+    SourceCounts,
+    open_dataset,
+)
 from lwm_data.format.shard import rows_per_page
 from lwm_data.row_copy import CopiedRows, CopyFormat, carry_file, copy_rows, verify_shard
 from lwm_data.summary import dataset_card
 from lwm_data.terminal import Progress
 from lwm_data.work_folder import ShardRecord, WorkFolder, examples_name, refuse_foreign
 
-VERSION = 1  # raise it when the same datasets and options give other bytes
+VERSION = 2  # raise it when the same datasets and options give other bytes
 
 Write = Callable[[WorkFolder, str], DatasetInfo]
 """write(work, fingerprint) calls work.begin, brings the shards to the folder, and returns the index without names."""
@@ -52,10 +61,7 @@ def derive_dataset(
     described = {**described, "datasets": sources}
     parts = [VERSION, FORMAT_VERSION, described, [dataset.info.model_dump(mode="json") for dataset in inputs]]
     fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    for dataset in inputs:
-        if out.exists() and Path(dataset.url).exists() and out.samefile(dataset.url):
-            raise ValueError(f"out: got {out}: it is one of the datasets that are read; name another folder")
-    refuse_foreign(out)
+    _refuse_to_replace(out, inputs, described)
     carried = tokenizer_files(inputs)
     if (out / INDEX).is_file():
         with WorkFolder(out) as work:
@@ -98,7 +104,7 @@ def derived_info(
         "shards": [shard.model_dump() for shard in shards],
     }
     # Text alone goes with images of any tokenizer, so the first dataset need not be the one that has codes.
-    vision = (getattr(dataset.info, "vision_tokenizer_fingerprint", None) for dataset in inputs)
+    vision = (dataset.info.vision_tokenizer_fingerprint for dataset in inputs)
     if fingerprint := next((of for of in vision if of is not None), None):
         changed["vision_tokenizer_fingerprint"] = fingerprint
     return DatasetInfo.model_validate(first.model_dump() | changed)
@@ -166,7 +172,7 @@ def copy_shards(
         for record in run_units(copy_rows, form, itertools.chain(first, missing), max(1, len(first))):
             done[record.shard.name] = record
             progress.advance(record.shard.num_rows, f"{len(done)} shards")
-    return [done[name] for name in sorted(done)]
+    return [done[name] for name in sorted(done, key=_number)]
 
 
 def is_carried(info: DatasetInfo, dtype: str) -> bool:
@@ -198,7 +204,7 @@ def carry_shards(
     if not all(carried):
         num_rows = sum(shard.num_rows for _, (i, shard) in numbered if not carried[i])
         for record in copy_shards(work, form, wider(), num_rows, workers):
-            shards[int(record.shard.name[len("shard-") : -len(".tar")])] = record.shard
+            shards[_number(record.shard.name)] = record.shard
     return list(shards.values())
 
 
@@ -217,6 +223,29 @@ def new_shards(chosen: Iterable[tuple[np.ndarray, np.ndarray]], rows_per_shard: 
 
 def _name(number: int) -> str:
     return f"shard-{number:06d}.tar"
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("shard-").removesuffix(".tar"))
+
+
+def _refuse_to_replace(out: Path, inputs: Sequence[Dataset], described: Mapping[str, Any]) -> None:
+    """ValueError where `out` is of a dataset that is read, or holds anything but an earlier run of the same verb."""
+    around = [folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists()]
+    for dataset in inputs:
+        fs, folder = fsspec.core.url_to_fs(dataset.url)
+        if isinstance(fs, LocalFileSystem) and any(of.samefile(folder) for of in around):
+            raise ValueError(
+                f"out: got {out}: it is one of the datasets that are read, or lies in one; name another folder"
+            )
+    refuse_foreign(out)
+    if (out / INDEX).is_file():
+        there = open_dataset(out).info
+        if any(there.manifest.get(key) != described[key] for key in ("kind", "name")):
+            raise ValueError(
+                f"out: got {out}: the {there.manifest.get('kind')} {there.name} stands there, which the "
+                f"{described['kind']} {described['name']} would replace; name another folder, or remove that one first"
+            )
 
 
 def _carry(work: WorkFolder, dataset: Dataset, shard: ShardInfo, name: str, link: bool) -> None:

@@ -5,9 +5,9 @@ npz         rows-00000-of-00004.npz        the five arrays, each [rows, row_leng
 jsonl       rows-00000-of-00004.jsonl      a line per example: source, key, text, tokens, vision mask, weights
 jsonl.zst   the same, compressed
 
-Beside them the tokenizers, README.md, and `.lwm-export`, which says what was exported. All is written to a folder of
-another name that becomes `out` at the end, so a killed export leaves none. What is in memory at a time is a file's
-rows: FILE_TOKENS tokens, or one row.
+Beside them the tokenizers, README.md, and `.lwm-export`, which says what was exported and names the files: no other is
+ever removed. All is written to a folder of another name that becomes `out` at the end, so a killed export leaves none.
+What is in memory at a time is a file's rows: FILE_TOKENS tokens, or one row.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
+from pydantic import BaseModel
 
 from lwm_data.derived_dataset import tokenizer_files
 from lwm_data.format.dataset import Dataset, open_dataset
@@ -37,7 +38,7 @@ from lwm_data.rearrange import row_range
 from lwm_data.row_copy import carry_file, read_examples
 from lwm_data.terminal import Progress
 
-VERSION = 1  # raise it when the same rows give other files
+VERSION = 2  # raise it when the same rows give other files
 FILE_TOKENS = 1 << 23
 GROUP_TOKENS = 1 << 20  # of a Parquet row group
 MARKER = ".lwm-export"  # hidden: `datasets` takes each visible .json for data
@@ -61,6 +62,14 @@ class Exported:
     made: bool
 
 
+class _Marker(BaseModel):
+    """What `.lwm-export` says, of which this is read again. files: that hold rows, with their bytes; beside: others."""
+
+    fingerprint: str
+    files: dict[str, int]
+    beside: list[str]
+
+
 def export_dataset(
     dataset: str | Path, out: str | Path, to: str, rows: tuple[int | None, int | None] | None = None
 ) -> Exported:
@@ -77,34 +86,55 @@ def export_dataset(
     parts = [VERSION, described, source.info.model_dump(mode="json")]
     described["fingerprint"] = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     before = _earlier_export(out)
-    if before is not None and before["fingerprint"] == described["fingerprint"]:
-        return Exported(out, before["files"], stop - start, made=False)
+    if before is not None and before.fingerprint == described["fingerprint"] and _is_whole(out, before):
+        return Exported(out, before.files, stop - start, made=False)
     with _new_folder(out) as folder:
         files = _write_rows(source, folder, to, range(start, stop))
         for name, url in tokenizer_files([source]).items():
             carry_file(url, folder / name, link=False)
         (folder / "README.md").write_text(_card(source, described), encoding="utf-8")
-        (folder / MARKER).write_text(json.dumps(described | {"files": files}, indent=1) + "\n", encoding="utf-8")
+        beside = sorted({path.name for path in folder.iterdir()} - files.keys())
+        marker = described | {"files": files, "beside": beside}
+        (folder / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
     return Exported(out, files, stop - start, made=True)
 
 
-def _earlier_export(out: Path) -> dict[str, Any] | None:
-    """What a whole earlier export in `out` says of itself; ValueError where something else is there."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+def _earlier_export(out: Path) -> _Marker | None:
+    """What an earlier export in `out` says of itself; ValueError where anything else is there, too."""
+    there = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if not there:
         return None
     with contextlib.suppress(OSError, ValueError):
-        said: dict[str, Any] = json.loads((out / MARKER).read_bytes())
-        whole = all((out / name).stat().st_size == size for name, size in said["files"].items())
-        return said if whole else {"fingerprint": ""}
-    if (out / MARKER).is_file():
-        return {"fingerprint": ""}
-    raise ValueError(f"out: got {out}: it holds something else; wanted a folder, new, empty or of an earlier export")
+        said = _Marker.model_validate_json((out / MARKER).read_bytes())
+        there -= {MARKER, *said.files, *said.beside}
+        if not there:
+            return said
+    raise ValueError(
+        f"out: got {out}: it holds something else ({', '.join(sorted(there)[:3])}); wanted a folder, new, empty or of "
+        "an earlier export alone; name another, or move what is not of the export"
+    )
+
+
+def _is_whole(out: Path, said: _Marker) -> bool:
+    try:
+        whole = all((out / name).stat().st_size == size for name, size in said.files.items())
+        return whole and all((out / name).is_file() for name in said.beside)
+    except FileNotFoundError:
+        return False
+
+
+def _remove_export(folder: Path) -> None:
+    """Remove an export, the marker last, so that one that is killed here can be removed by the next."""
+    if _earlier_export(folder) is not None:
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == MARKER):
+            path.unlink()
+    folder.rmdir()
 
 
 @contextlib.contextmanager
 def _new_folder(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` when the block ends well, and is removed when it does not."""
-    out = out.absolute()
+    out = out.resolve()
     folder, old = out.with_name(f".{out.name}.export"), out.with_name(f".{out.name}.export-old")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -115,18 +145,22 @@ def _new_folder(out: Path) -> Iterator[Path]:
                 raise BlockingIOError  # another export has just ended
         except BlockingIOError:
             raise ValueError(f"out: got {out}: another export is writing there; wait for it or stop it") from None
-        for path in [*folder.iterdir(), *([old] if old.exists() else [])]:  # of an export that was killed
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in folder.iterdir():  # of an export that was killed
+            path.unlink()
+        if old.exists():
+            _remove_export(old)
         try:
             yield folder
             for path in folder.iterdir():
                 _sync(path)
             _sync(folder)
-            if out.exists():
+            if replaces := out.exists():
+                _earlier_export(out)  # something else may have come while we wrote
                 os.rename(out, old)
             os.rename(folder, out)
             _sync(out.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            if replaces:
+                _remove_export(old)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -240,11 +274,6 @@ def _text(tokenizer: TextTokenizer, tokens: np.ndarray, vision: np.ndarray) -> s
 
 def _card(dataset: Dataset, described: dict[str, Any]) -> str:
     """README.md of the export."""
-    read = {
-        "hf": 'import datasets\n\nrows = datasets.load_dataset("parquet", data_files="rows-*.parquet", split="train")',
-        "npz": 'import numpy as np\n\nrows = np.load("rows-00000-of-00001.npz")  # rows["tokens"] and so on',
-        "jsonl": "import json\n\nexamples = [json.loads(line) for line in open(FILE)]",
-    }
     info = dataset.info
     return f"""# {info.name}
 
@@ -253,6 +282,27 @@ Rows {described["first_row"]:,} to {described["first_row"] + described["num_rows
 `{info.loss_weighting}`. Text tokenizer: {info.text_vocab_size:,} pieces, in this folder.
 
 ```python
-{read[described["to"].removesuffix(".zst")]}
+{_reading(described["to"])}
 ```
 """
+
+
+def _reading(to: str) -> str:
+    """Code that reads the files, however many, from their folder."""
+    if to == "hf":
+        return 'import datasets\n\nrows = datasets.load_dataset("parquet", data_files="rows-*.parquet", split="train")'
+    imports, opened, read = {
+        "npz": ("numpy as np", "np.load(name) as rows", 'tokens = rows["tokens"]  # and so on'),
+        "jsonl": ("json", 'open(name, encoding="utf-8") as lines', "examples = [json.loads(line) for line in lines]"),
+        "jsonl.zst": (
+            "json\n\nimport zstandard",
+            'zstandard.open(name, "rt", encoding="utf-8") as lines',
+            "examples = [json.loads(line) for line in lines]",
+        ),
+    }[to]
+    return f"""import glob
+import {imports}
+
+for name in sorted(glob.glob("rows-*.{FORMATS[to]}")):
+    with {opened}:
+        {read}"""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, UInt64
 
 
 def mixed_order(
@@ -47,10 +47,15 @@ def mixed_order(
     return np.concatenate(order)[np.argsort(np.concatenate(places), kind="stable")]
 
 
-def _shuffle(count: int, seed: int, source: int) -> Int64[np.ndarray, " n"]:
-    """A permutation of 0..count - 1; ours, so that no library can change it."""
-    start = np.uint64(int.from_bytes(hashlib.sha256(f"{seed}/{source}".encode()).digest()[:8], "little"))
-    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + start  # splitmix64
+def hashed(seed: str, start: int, stop: int) -> UInt64[np.ndarray, " n"]:
+    """Numbers start..stop as splitmix64 of a key from `seed`; ours, so that no library can change it."""
+    key = np.uint64(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little"))
+    x = np.arange(start + 1, stop + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return np.argsort(x ^ (x >> np.uint64(31)), kind="stable")
+    return x ^ (x >> np.uint64(31))
+
+
+def _shuffle(count: int, seed: int, source: int) -> Int64[np.ndarray, " n"]:
+    """A permutation of 0..count - 1."""
+    return np.argsort(hashed(f"{seed}/{source}", 0, count), kind="stable")

@@ -155,11 +155,13 @@ def split(
         verify_shards([source], [range(len(source.info.shards))], workers)
         return parts, lines
 
-    made = []
+    made: list[Derived] = []
     for part, name in enumerate(names):
         described = {"kind": "split", "name": f"{source.info.name}-{name}", "part": name, "by": by, "seed": seed}
         described["parts"] = dict(zip(names, map(float, shares), strict=True))
-        made.append(_take(source, Path(out) / name, described, choice, part, tuple(source.info.sources), workers))
+        before = [of.info for of in made] if part == len(names) - 1 else None
+        kept = tuple(source.info.sources)
+        made.append(_take(source, Path(out) / name, described, choice, part, kept, workers, before))
     return made
 
 
@@ -230,8 +232,12 @@ def _take(
     part: int,
     kept: Sequence[str],
     workers: int,
+    before: Sequence[DatasetInfo] | None = None,
 ) -> Derived:
-    """The rows of one part of a choice as a dataset, its counts those of the sources `kept`."""
+    """The rows of one part of a choice as a dataset, its counts those of the sources `kept`.
+
+    before: the other parts, for the last one, which counts what no share asked for: it lies in no row of any.
+    """
 
     def plan() -> Write:
         parts, lines = choice()
@@ -255,7 +261,16 @@ def _take(
                 of, num = counted.get(name, SourceCounts()), rejected[name]
                 sources[name] = of.model_copy(update={"records": of.records + num, "rejected": num})
             shards = [record.shard for record in records]
-            if num_split := sum(num_split_records(work.out, shard) for shard in shards):
+            num_split = sum(num_split_records(work.out, shard) for shard in shards)
+            if before is not None and any(of.left_out for of in source.info.sources.values()):
+                num_split = source.info.rejected.get("split", 0) - sum(info.rejected.get("split", 0) for info in before)
+                for name, of in source.info.sources.items():
+                    rest = {
+                        field: getattr(of, field) - sum(getattr(info.sources[name], field) for info in before)
+                        for field in ("records", "left_out")
+                    }
+                    sources[name] = sources[name].model_copy(update=rest)
+            if num_split:
                 reasons["split"] = num_split  # counted, but not named in rejected.jsonl
             return derived_info([source], shards, records, sources, reasons, source.info.dtype)
 
@@ -266,7 +281,8 @@ def _take(
 
 def _format(out: Path, inputs: Sequence[Dataset], dtype: str) -> CopyFormat:
     read = tuple((dataset.url, dataset.info) for dataset in inputs)
-    return CopyFormat(out, read, dtype, inputs[0].text_tokenizer.bos)
+    tokenizer = inputs[0].text_tokenizer
+    return CopyFormat(out, read, dtype, tokenizer.bos, tokenizer.eos)
 
 
 def _refuse_differences(inputs: Sequence[Dataset]) -> None:
@@ -282,7 +298,7 @@ def _refuse_differences(inputs: Sequence[Dataset]) -> None:
                 f"merge: {first.url} and {other.url} differ in {'; '.join(differ)}; build one of them again so that "
                 "they agree (a token store makes that cheap)"
             )
-    vision = {getattr(dataset.info, "vision_tokenizer_fingerprint", None): dataset.url for dataset in inputs}
+    vision = {dataset.info.vision_tokenizer_fingerprint: dataset.url for dataset in inputs}
     vision.pop(None, None)
     if len(vision) > 1:
         differ = [f"{url} has {fingerprint}" for fingerprint, url in vision.items()]
@@ -290,7 +306,7 @@ def _refuse_differences(inputs: Sequence[Dataset]) -> None:
 
 
 def _check_parts(shares: Sequence[float], names: Sequence[str]) -> None:
-    if len(shares) < 2 or min(shares) <= 0 or abs(sum(shares) - 1) > 1e-3:
+    if len(shares) < 2 or not all(0 < share < 1 for share in shares) or abs(sum(shares) - 1) > 1e-3:  # nan is not
         raise ValueError(f"parts: got {','.join(f'{of:g}' for of in shares)}; wanted two or more shares that sum to 1")
     if len(shares) > MAX_PARTS:
         raise ValueError(f"parts: got {len(shares)}; wanted at most {MAX_PARTS}")

@@ -20,7 +20,7 @@ rearrange_app = typer.Typer()
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 DatasetFolder = Annotated[str, typer.Argument(metavar="DATASET", help="Folder of a built dataset.")]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: new, empty, or of an earlier run.")]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Folder to write: new, empty, or of an earlier run of this.")]
 Seed = Annotated[int, typer.Option(help="Of what is drawn.")]
 Name = Annotated[str | None, typer.Option(help="Name of the new dataset.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes to work in.")]

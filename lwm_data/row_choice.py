@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float64, Int8, Int64, UInt64
 
 from lwm_data.example_plan import NOT_WHOLE
 from lwm_data.format.dataset import Dataset, DatasetInfo
+from lwm_data.mix import hashed
 from lwm_data.row_copy import read_examples
 from lwm_data.terminal import Progress
 
@@ -33,12 +34,8 @@ Parts = Int8[np.ndarray, " rows"]
 
 
 def drawn(seed: str, start: int, stop: int) -> Float64[np.ndarray, " n"]:
-    """A number in [0, 1) for each of start..stop: a keyed hash, ours, so that no library can change it."""
-    key = np.uint64(int.from_bytes(hashlib.sha256(seed.encode()).digest()[:8], "little"))
-    x = np.arange(start + 1, stop + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + key  # splitmix64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
-    return (x ^ (x >> np.uint64(31))) / 2.0**64
+    """A number in [0, 1) for each of start..stop, of the 53 bits that a float64 holds: with all 64, some round to 1."""
+    return (hashed(seed, start, stop) >> np.uint64(11)) / 2.0**53
 
 
 def mixed_rows(num_rows: Sequence[int], seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -36,12 +36,13 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class CopyFormat:
-    """What all shards of the new dataset have in common. inputs: url and index of each dataset; bos: of their text."""
+    """What all shards of the new dataset have in common. inputs: url and index of each dataset; bos, eos: ids."""
 
     out: Path
     inputs: tuple[tuple[str, DatasetInfo], ...]
     dtype: str
     bos: int
+    eos: int
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,10 @@ def carry_file(source: str, target: Path, *, link: bool) -> None:
         temporary = target.with_name(f".{target.name}.{uuid4().hex}.tmp")
         with contextlib.suppress(OSError):  # another file system, or one without links
             os.link(os.path.realpath(source), temporary)
-            os.replace(temporary, target)
+            try:
+                os.replace(temporary, target)
+            finally:
+                temporary.unlink(missing_ok=True)  # a rename to another name of the same file leaves both
             return
     with fsspec.open(source, "rb") as read, whole_file(target) as file:
         shutil.copyfileobj(read, file, BLOCK)
@@ -123,8 +127,9 @@ def _copy(form: CopyFormat, shard: CopiedRows) -> ShardRecord:
             lengths, segments, vision = packed.runs.T
             num_tokens += int(lengths[segments > 0].sum())
             num_trained += int(lengths[packed.weights > 0].sum())
-            # A naive row may begin inside an example; BOS begins each example and nothing else does.
-            begins[at] = datasets[i].info.packing == "masked" or (packed.tokens[0] == form.bos and not vision[0])
+            begins[at] = datasets[i].info.packing == "masked" or (
+                packed.tokens[0] == form.bos and not vision[0] and not _goes_on(datasets[i], row, form.eos)
+            )
             writer.add(packed)
     table = _examples(datasets, shard)
     path = form.out / examples_name(shard.name)
@@ -145,6 +150,30 @@ def _copy(form: CopyFormat, shard: CopiedRows) -> ShardRecord:
         num_trained=num_trained,
         sources=_counts(table, begins),
     )
+
+
+def _goes_on(dataset: Dataset, row: int, eos: int) -> bool:
+    """Whether a naive row that begins with BOS begins inside the example that the row before it ends in.
+
+    Each example begins with BOS and ends with EOS, but a field spec may put BOS inside, too.
+    """
+    if row == 0:
+        return False
+    before = dataset.packed(row - 1)
+    _, segment, is_vision = before.runs[-1]
+    if segment == 0 or (before.tokens[-1] == eos and not is_vision):
+        return False
+    return _example_of(dataset, row - 1, -1) == _example_of(dataset, row, 0)
+
+
+def _example_of(dataset: Dataset, row: int, which: int) -> dict[str, object]:
+    """Source, key and part of the first (0) or last (-1) example of a row."""
+    ends = np.cumsum([shard.num_rows for shard in dataset.info.shards])
+    number = int(np.searchsorted(ends, row, side="right"))
+    table = read_examples(dataset, dataset.info.shards[number])
+    lines = np.flatnonzero(table["row"].to_numpy() == row - ends[number] + dataset.info.shards[number].num_rows)
+    example: dict[str, object] = table.select(["source", "key", "part"]).slice(lines[which], 1).to_pylist()[0]
+    return example
 
 
 def _examples(datasets: dict[int, Dataset], shard: CopiedRows) -> pa.Table:

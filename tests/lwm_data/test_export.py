@@ -141,8 +141,9 @@ def test_an_export_is_made_once_and_its_bytes_are_those_of_the_rows(mixed: Datas
     assert {"text_tokenizer.model", "text_tokenizer.yaml", "README.md"} <= first.keys()
     assert not export_dataset(mixed.url, out, to).made
     assert export_dataset(mixed.url, out, to, (0, 2)).made
-    (out / next(iter(first))).write_bytes(b"")
-    assert export_dataset(mixed.url, out, to).made
+    made = export_dataset(mixed.url, out, to)
+    (out / next(iter(made.files))).write_bytes(b"")
+    assert made.made and export_dataset(mixed.url, out, to).made
     assert {path.name: path.read_bytes() for path in out.iterdir()} == first
     assert export_dataset(f"file://{mixed.url}", tmp_path / "far", to).made
     assert {path.name: path.read_bytes() for path in (tmp_path / "far").iterdir()} == first
@@ -154,7 +155,7 @@ def test_a_folder_that_holds_something_else_is_left_alone(
 ) -> None:
     (tmp_path / "thesis.txt").write_text("1")
     for out, args, message in (
-        (tmp_path, ["--to", "npz"], "it holds something else; wanted a folder, new, empty or of an earlier export"),
+        (tmp_path, ["--to", "npz"], "it holds something else (thesis.txt); wanted a folder, new, empty or of an "),
         (Path(mixed.url), ["--to", "npz"], "it holds something else"),
         (tmp_path / "new", ["--to", "csv"], "to: got csv; wanted hf or npz or jsonl or jsonl.zst"),
         (tmp_path / "new", ["--to", "npz", "--rows", "3:2"], "rows: got 3:2; the dataset has rows 0:"),
@@ -164,6 +165,68 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     assert os.listdir(tmp_path) == ["thesis.txt"]
     assert run_app(app, ["export", mixed.url, "--to", "npz", "--out", str(tmp_path / "new"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == len(mixed)
+
+
+def test_what_a_person_puts_into_an_export_is_never_removed(mixed: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_dataset(mixed.url, out, "npz")
+    before = set(os.listdir(out))
+    for name in ("rows-00000-of-00001.jsonl", "notes", "thesis.txt"):
+        (out / name).mkdir() if name == "notes" else (out / name).write_text("1")
+        with pytest.raises(ValueError, match=rf"holds something else \({name}\).* move what is not of the export"):
+            export_dataset(mixed.url, out, "npz", (0, 2))
+        assert set(os.listdir(out)) == before | {name}
+        (out / name).rmdir() if name == "notes" else (out / name).unlink()
+    (out / "text_tokenizer.yaml").unlink()
+    assert export_dataset(mixed.url, out, "npz").made and set(os.listdir(out)) == before
+    (tmp_path / "link").symlink_to(out)
+    assert export_dataset(mixed.url, tmp_path / "link", "jsonl").made
+    assert (tmp_path / "link").is_symlink() and sorted(os.listdir(tmp_path)) == ["link", "out"]
+    assert sorted(before - set(os.listdir(out))) == ["rows-00000-of-00001.npz"]
+
+
+def test_what_comes_while_an_export_writes_is_not_removed(
+    mixed: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    export_dataset(mixed.url, out, "npz")
+    write = export._card
+    monkeypatch.setattr(export, "_card", lambda *args: (out / "thesis.txt").write_text("1") and write(*args))
+    with pytest.raises(ValueError, match=r"holds something else \(thesis\.txt\)"):
+        export_dataset(mixed.url, out, "npz", (0, 2))
+    assert (out / "thesis.txt").exists() and (out / export.MARKER).exists() and os.listdir(tmp_path) == ["out"]
+
+
+MARKERS = ["{}", "[]", "null", "", '{"fingerprint": "", "files": [], "beside": []}', '{"files": {"a": 1}}', "\xff"]
+
+
+@pytest.mark.parametrize("said", MARKERS)
+def test_a_marker_that_is_none_is_something_else(mixed: Dataset, tmp_path: Path, said: str) -> None:
+    (tmp_path / export.MARKER).write_text(said, encoding="latin-1")
+    with pytest.raises(ValueError, match="it holds something else"):
+        export_dataset(mixed.url, tmp_path, "npz")
+    assert os.listdir(tmp_path) == [export.MARKER]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("to", list(export.FORMATS))
+def test_the_code_of_the_readme_reads_every_file(
+    mixed: Dataset, small_files: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str
+) -> None:
+    made = export_dataset(mixed.url, tmp_path / "out", to)
+    assert len(made.files) > 2
+    monkeypatch.chdir(made.out)
+    (code,) = fenced((made.out / "README.md").read_text(), "python")
+    found: dict[str, Any] = {}
+    exec(code, found)
+    if to == "hf":
+        assert len(found["rows"]) == len(mixed)
+        return
+    assert found["name"] == list(made.files)[-1]  # the last of the loop
+    if to == "npz":
+        np.testing.assert_array_equal(found["tokens"][-1], mixed[len(mixed) - 1]["tokens"])
+    else:
+        assert found["examples"][-1]["row"] == len(mixed) - 1
 
 
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGINT])

@@ -24,13 +24,16 @@ from hypothesis import strategies as st
 from lwm_data.build import build
 from lwm_data.check import check_dataset
 from lwm_data.cli import app
+from lwm_data.derived_dataset import Derived, copy_shards
 from lwm_data.format.dataset import Dataset, open_dataset
 from lwm_data.format.example import text_runs, vision_runs
 from lwm_data.format.shard import ShardWriter, rows_per_page
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.rearrange import merge, split, subset
+from lwm_data.row_copy import CopiedRows, CopyFormat, carry_file
 from lwm_data.sources.record import Record
 from lwm_data.terminal import run_app
+from lwm_data.work_folder import WorkFolder
 
 ROW = 600
 
@@ -187,6 +190,40 @@ def test_counts_and_rejected_records_of_the_parts_sum_to_the_whole(built: Path, 
         assert (cut[0] in keys) == (cut[0] in (part.out / "rejected.jsonl").read_text())
 
 
+@pytest.mark.parametrize("by", ["row", "document"])
+def test_what_no_share_asked_for_is_counted_once_in_the_last_part(
+    project: Callable[..., Path], tmp_path: Path, by: str
+) -> None:
+    sources = [source | {"share": share} for source, share in zip(SOURCES, (1, 9), strict=True)]
+    built = build(project("shared", row_length=64, shard_size=2048, sources=sources)).out
+    whole = open_dataset(built).info
+    assert whole.sources["books"].left_out > 0 and whole.rejected["split"] > 0
+    parts = split(built, tmp_path / "parts", (0.4, 0.3, 0.3), ("a", "b", "c"), by=by)
+    merged = merge([part.out for part in parts], tmp_path / "merged").info
+    assert merged.sources == whole.sources and merged.rejected == whole.rejected
+    assert [part.info.sources["books"].left_out for part in parts] == [0, 0, whole.sources["books"].left_out]
+    again = split(parts[2].out, tmp_path / "again", (0.5, 0.5), ("d", "e"))
+    merged = merge([part.out for part in again], tmp_path / "merged-again").info
+    assert merged.sources == parts[2].info.sources and merged.rejected == parts[2].info.rejected
+
+
+@pytest.mark.parametrize("same_key", [False, True])
+def test_an_example_that_holds_bos_where_a_naive_row_begins_is_counted_once(
+    dataset_of: Callable[..., Dataset], demo_tokenizer: TextTokenizer, tmp_path: Path, same_key: bool
+) -> None:
+    """Examples of 150 tokens with BOS at 100 too, and of 50, in turn: each second row of 100 begins with such a BOS."""
+    ids = np.full(148, 9, np.int32)
+    ids[99] = demo_tokenizer.bos
+    records = []
+    for i in range(8):
+        runs = text_runs(demo_tokenizer, [(ids[: 148 if i % 2 == 0 else 48], True)], eos=True)
+        records.append(Record("k" if same_key else f"k{i}", runs))
+    whole = dataset_of(tmp_path, records, row_length=100, packing="naive")
+    assert all(whole[row]["tokens"][0] == demo_tokenizer.bos for row in range(8))
+    parts = split(whole.url, tmp_path / "parts", (0.5, 0.5), ("a", "b"))
+    assert sum(part.info.sources["made"].examples for part in parts) == 8
+
+
 def test_shares_that_nearly_sum_to_1_leave_no_row_out(built: Path, tmp_path: Path) -> None:
     parts = split(built, tmp_path / "parts", (0.3333,) * 3, ("a", "b", "c"))
     assert sum(part.info.num_rows for part in parts) == open_dataset(built).info.num_rows
@@ -289,6 +326,23 @@ def test_merged_shards_are_links_that_outlive_their_datasets(built: Path, tmp_pa
     assert _is_right(linked.out) and _is_right(copied.out)
 
 
+def test_a_file_that_is_carried_again_by_link_leaves_no_other_name(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("1")
+    for _ in range(2):
+        carry_file(str(tmp_path / "a"), tmp_path / "b", link=True)
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"] and (tmp_path / "b").samefile(tmp_path / "a")
+
+
+def test_shards_above_a_million_stay_in_the_order_of_their_numbers(built: Path, tmp_path: Path) -> None:
+    source = open_dataset(built)
+    numbers = [999_998, 999_999, 1_000_000, 1_000_001]
+    units = [CopiedRows(f"shard-{n:06d}.tar", np.zeros(1, np.int64), np.array([i])) for i, n in enumerate(numbers)]
+    form = CopyFormat(tmp_path / "out", ((source.url, source.info),), source.info.dtype, 1, 2)
+    with WorkFolder(form.out) as work:
+        records = copy_shards(work, form, units, len(units), workers=1)
+    assert [record.shard.name for record in records] == [unit.name for unit in units]
+
+
 def test_names_that_collide_are_summed(built: Path, tmp_path: Path) -> None:
     other = subset(built, tmp_path / "other", rows=(0, 20))
     merged = merge([built, other.out], tmp_path / "merged").info
@@ -316,6 +370,7 @@ def test_the_same_bytes_with_more_workers_and_from_a_url(built: Path, tmp_path: 
 KILLED = {
     "merge": (["merge", "IN", "IN", "--order", "mix", "--out", "OUT"], "OUT"),
     "carry": (["merge", *["IN"] * 20, "--copy", "--out", "OUT"], "OUT"),
+    "link": (["merge", *["IN"] * 40, "--out", "OUT"], "OUT"),
     "split": (["split", "IN", "--parts", "0.1,0.9", "--names", "a,b", "--out", "OUT"], "OUT/b"),
     "subset": (["subset", "IN", "--fraction", "0.95", "--out", "OUT"], "OUT"),
 }
@@ -389,6 +444,44 @@ def test_a_folder_that_is_not_ours_or_is_read_is_left_alone(built: Path, tmp_pat
     assert _files(built) == before and os.listdir(tmp_path / "thesis") == ["chapter.txt"]
 
 
+@pytest.mark.parametrize("read", ["{}", "file://{}", "local://{}", "{}/../link"])
+def test_a_dataset_that_is_read_is_not_written_to_however_it_is_called(built: Path, tmp_path: Path, read: str) -> None:
+    (built.parent / "link").symlink_to(built)
+    before = _files(built)
+    source = read.format(built)
+    for out in (built, built.parent / "link", built / "parts" / "new"):
+        for verb in (
+            lambda: subset(source, out, rows=(0, 1), name="small"),  # noqa: B023 (called at once)
+            lambda: merge([source, source], out),  # noqa: B023
+            lambda: split(source, out / "..", (0.5, 0.5), (out.name, "b")),  # noqa: B023
+        ):
+            with pytest.raises(
+                ValueError, match=r"out: got .*: it is one of the datasets that are read, or lies in one"
+            ):
+                verb()
+    assert _files(built) == before
+
+
+def test_a_dataset_of_another_kind_or_name_is_not_replaced(built: Path, tmp_path: Path) -> None:
+    some = subset(built, tmp_path / "some", rows=(0, 9))
+    other = build(built.parent / "dataset.yaml", [f"out={tmp_path / 'other'}"]).out
+    before = {folder: _files(folder) for folder in (some.out, other)}
+    cases: list[tuple[Path, Callable[[Path], Derived], str]] = [
+        (other, lambda out: subset(built, out, rows=(0, 2)), "the dataset small stands there, which the subset"),
+        (
+            some.out,
+            lambda out: merge([built, built], out),
+            "the subset small-subset stands there, which the merge small",
+        ),
+        (some.out, lambda out: subset(built, out, rows=(0, 2), name="few"), "which the subset few would replace"),
+    ]
+    for out, verb, message in cases:
+        with pytest.raises(ValueError, match=f"out: got {out}: .*{message}.*name another folder, or remove that one"):
+            verb(out)
+    assert before == {folder: _files(folder) for folder in before}
+    assert subset(built, some.out, rows=(0, 2)).made and _is_right(some.out)
+
+
 def test_a_damaged_shard_is_refused_where_its_rows_are_copied_and_kept_as_it_is_where_it_is_carried(
     built: Path, tmp_path: Path
 ) -> None:
@@ -424,6 +517,8 @@ def _fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         (["merge", "{}"], "merge: got 1 dataset; wanted two or more"),
         (["merge", "{}", "{}", "--order", "random"], "order: got random; wanted keep or mix"),
         (["split", "{}", "--parts", "0.9,0.2"], "parts: got 0.9,0.2; wanted two or more shares that sum to 1"),
+        (["split", "{}", "--parts", "nan,0.5"], "parts: got nan,0.5; wanted two or more shares that sum to 1"),
+        (["split", "{}", "--parts", "0.5,nan"], "parts: got 0.5,nan; wanted two or more shares that sum to 1"),
         (["split", "{}", "--parts", "most,few"], "--parts: got most,few; wanted numbers like 0.9,0.1"),
         (["split", "{}", "--names", "a"], "names: got 1 for 2 parts; wanted one for each"),
         (["split", "{}", "--names", "a,../b"], "names: got a,../b; wanted different names of letters"),

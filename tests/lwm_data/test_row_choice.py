@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +15,7 @@ from lwm_data import row_choice
 from lwm_data.format.dataset import Dataset
 from lwm_data.format.example import text_runs
 from lwm_data.format.vocab import TextTokenizer
+from lwm_data.mix import hashed
 from lwm_data.row_choice import drawn, mixed_rows, parts_by_document
 from lwm_data.sources.record import Record
 
@@ -64,3 +67,25 @@ def test_draws_are_even_and_the_same_however_they_are_cut() -> None:
     assert np.histogram(draws, 10, (0, 1))[0].min() > 9_500
     np.testing.assert_array_equal(drawn("7", 500, 600), draws[500:600])
     assert (drawn("8", 0, 100) != draws[:100]).all()
+
+
+def _row_of(wanted: int, key: int) -> int:
+    """The number that splitmix64 with this key takes to `wanted`: its steps, backwards."""
+
+    def unshifted(x: int, shift: int) -> int:
+        y = x
+        for _ in range(64 // shift):
+            y = x ^ (y >> shift)
+        return y
+
+    x = unshifted(wanted, 31)
+    for factor, shift in ((0x94D049BB133111EB, 27), (0xBF58476D1CE4E5B9, 30)):
+        x = unshifted(x * pow(factor, -1, 1 << 64) % (1 << 64), shift)
+    return int((x - key) * pow(0x9E3779B97F4A7C15, -1, 1 << 64) % (1 << 64)) - 1
+
+
+@pytest.mark.parametrize("wanted", [0, 1, (1 << 64) - 512, (1 << 64) - 1])
+def test_a_draw_is_below_1_whatever_the_hash(wanted: int) -> None:
+    row = _row_of(wanted, int.from_bytes(hashlib.sha256(b"7").digest()[:8], "little"))
+    assert hashed("7", row, row + 1)[0] == wanted
+    assert 0 <= drawn("7", row, row + 1)[0] < 1
