@@ -13,121 +13,107 @@ A folder without `index.json` is no dataset: a build that was stopped can never 
 from __future__ import annotations
 
 import bisect
-import hashlib
-import itertools
-import json
-import os
+import contextlib
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any, Final, Literal
+from pathlib import Path
 
 import fsspec
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from jaxtyping import Int64, Integer
 
-from lwm_data.format.atomic import write_whole
-from lwm_data.format.packed import Arrays, LossWeighting, PackedSequence, Packing
-from lwm_data.format.shard import RangeReader, Shard
+from lwm_data.format.index import (
+    FORMAT_VERSION,
+    INDEX,
+    DatasetInfo,
+    ShardInfo,
+    SourceCounts,
+    read_index,
+    write_index,
+)
+from lwm_data.format.packed import Arrays, PackedSequence, RunTables, derive, row_of
+from lwm_data.format.ranges import LocalRanges, open_ranges
+from lwm_data.format.shard_reader import MappedShard, Shard
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
 
-FORMAT_VERSION: Final = 1
-INDEX = "index.json"
+__all__ = [
+    "FORMAT_VERSION",
+    "INDEX",
+    "Dataset",
+    "DatasetInfo",
+    "ShardInfo",
+    "SourceCounts",
+    "open_dataset",
+    "write_index",
+]
+
 OPEN_SHARDS = 64  # file handles and offset tables kept at a time
+MAPPED_BYTES = 1 << 16  # longer rows gain nothing from a map: copying them takes far longer than a system call
 
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ShardInfo(_Frozen):
-    """What the index holds of one shard. `offsets_at`: where the data of `__offsets__` begin in the tar."""
-
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
-    num_rows: int = Field(ge=1)
-    num_bytes: int = Field(ge=1)
-    sha256: str
-    offsets_at: int = Field(ge=0)
-    examples_sha256: str
-
-
-class SourceCounts(_Frozen):
-    """Of one source: records read and rejected, examples made of the others, and their tokens."""
-
-    records: int = 0
-    rejected: int = 0
-    examples: int = 0
-    tokens: int = 0
-    vision_tokens: int = 0
-    trained_tokens: int = 0
-
-
-class DatasetInfo(_Frozen):
-    """index.json."""
-
-    format_version: Literal[1]
-    name: str
-    row_length: int = Field(ge=2)
-    rows_per_page: int = Field(ge=1)
-    dtype: Literal["uint16", "uint32"]
-    packing: Packing
-    loss_weighting: LossWeighting
-    num_rows: int
-    num_tokens: int = Field(description="without padding")
-    num_trained: int = Field(description="tokens of loss weight above 0")
-    text_vocab_size: int
-    tokenizer_fingerprint: str
-    build_fingerprint: str = Field(
-        description="of everything the build read: manifest, inputs, tokenizer, code version"
-    )
-    sources: dict[str, SourceCounts]
-    rejected: dict[str, int] = Field(description="reason -> records")
-    manifest: dict[str, Any]
-    shards: tuple[ShardInfo, ...]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Equal for two datasets exactly when their rows and tokenizer are equal."""
-        parts = [self.tokenizer_fingerprint, str(self.row_length), *(shard.sha256 for shard in self.shards)]
-        return hashlib.sha256("|".join(parts).encode()).hexdigest()
-
-
-def write_index(folder: Path, info: DatasetInfo) -> None:
-    """Write index.json atomically; from then on the folder is a dataset."""
-    write_whole(folder / INDEX, json.dumps(info.model_dump(), indent=1) + "\n")
+Numbers = Int64[np.ndarray, " rows"]
+RowNumbers = Sequence[int] | Numbers
+Tokens = Integer[np.ndarray, "rows length"]
 
 
 class Dataset:
     """Random access to packed rows; opening costs the index alone, a row costs its own bytes.
 
     len(d) is the number of rows; d[i] the five arrays of row i (see `Arrays`); d.read(i, start, stop) those of a
-    slice of it; d.packed(i) the row with its run table.
+    slice of it; d.packed(i) the row with its run table; d.read_batch(rows) the arrays of many rows, much faster.
     """
 
     def __init__(self, url: str, info: DatasetInfo) -> None:
         self.url, self.info = url, info
-        self._first_rows = list(itertools.accumulate((shard.num_rows for shard in info.shards), initial=0))
+        self._first_rows = np.cumsum([0, *(shard.num_rows for shard in info.shards)])
         self._dtype = np.dtype(info.dtype).newbyteorder("<")
         self._open: dict[int, Shard] = {}
 
     def __len__(self) -> int:
         return self.info.num_rows
 
+    def __reduce__(self) -> tuple[type[Dataset], tuple[str, DatasetInfo]]:
+        return Dataset, (self.url, self.info)  # another process opens files of its own
+
     def __getitem__(self, row: int) -> Arrays:
         return self.read(row, 0, self.info.row_length)
 
     def read(self, row: int, start: int, stop: int) -> Arrays:
-        """The arrays of tokens start..stop of row `row`; only their bytes and the row's run table are read."""
-        if not 0 <= start < stop <= self.info.row_length:
-            raise ValueError(f"tokens {start}..{stop} of a row of {self.info.row_length:,}")
-        shard, r = self._find(row)
-        return shard.arrays(r, start, stop)
+        """The arrays of tokens start..stop of row `row`; only their bytes and the run tables of its page are read."""
+        with self._damage():
+            packed = self._packed(row, start, stop)
+            tables = RunTables.of([(packed.runs, packed.weights)])
+            return row_of(derive(packed.tokens[np.newaxis], tables, self.info.row_length, start), 0)
 
     def packed(self, row: int) -> PackedSequence:
         """Row `row` with its runs and weights."""
-        shard, r = self._find(row)
-        return shard.row(r)
+        with self._damage():
+            return self._packed(row, 0, self.info.row_length)
+
+    def read_tokens(self, rows: RowNumbers, start: int = 0, stop: int | None = None) -> Tokens:
+        """Tokens start..stop of some rows, [rows, length] in the dataset's own dtype; whole rows by default."""
+        numbers, rows_there, stop = self._find_all(rows, start, stop)
+        if shard := self._only_shard(numbers):
+            return shard.gather_tokens(rows_there, start, stop)
+        return self._read_tokens(numbers, rows_there, start, stop, self._dtype)
+
+    def read_batch(self, rows: RowNumbers, start: int = 0, stop: int | None = None) -> Arrays:
+        """The arrays [rows, length] of tokens start..stop of some rows; whole rows by default."""
+        numbers, rows_there, stop = self._find_all(rows, start, stop)
+        with self._damage():
+            if shard := self._only_shard(numbers):
+                tokens, tables = shard.gather_tokens(rows_there, start, stop), shard.gather_runs(rows_there)
+            else:
+                tokens = self._read_tokens(numbers, rows_there, start, stop, np.dtype(np.int32))
+                found = zip(numbers.tolist(), rows_there.tolist(), strict=True)
+                tables = RunTables.of([self._shard(number).read_runs(row) for number, row in found])
+            return derive(tokens, tables, self.info.row_length, start)
+
+    def will_need(self, rows: RowNumbers, start: int = 0, stop: int | None = None) -> None:
+        """Have a local disk load what `read_batch` of the same will read; returns at once."""
+        numbers, rows_there, stop = self._find_all(rows, start, stop)
+        for number, row in zip(numbers.tolist(), rows_there.tolist(), strict=True):
+            self._shard(number).will_need(row, start, stop)
 
     @cached_property
     def text_tokenizer(self) -> TextTokenizer:
@@ -147,86 +133,77 @@ class Dataset:
             )
         return tokenizer
 
-    def _find(self, row: int) -> tuple[Shard, int]:
-        if not 0 <= row < len(self):
-            raise IndexError(f"{self.url}: row {row}; it has rows 0 to {len(self) - 1}")
+    def _packed(self, row: int, start: int, stop: int) -> PackedSequence:
+        self._check(row, row, start, stop)
         number = bisect.bisect_right(self._first_rows, row) - 1
-        if number not in self._open:
+        shard, row_there = self._shard(number), row - int(self._first_rows[number])
+        shard.will_need(row_there, start, stop)  # a disk reads tokens and run tables at the same time
+        tokens = np.empty(stop - start, self._dtype)
+        shard.read_tokens(row_there, start, tokens)
+        return PackedSequence(tokens, *shard.read_runs(row_there))
+
+    def _find_all(self, rows: RowNumbers, start: int, stop: int | None) -> tuple[Numbers, Numbers, int]:
+        """The shard of each row, its number in that shard, and `stop`."""
+        rows = np.asarray(rows, np.int64)
+        if not rows.size:
+            raise ValueError(f"{self.url}: no rows asked for; wanted one or more")
+        stop = self.info.row_length if stop is None else stop
+        self._check(int(rows.min()), int(rows.max()), start, stop)
+        numbers = np.searchsorted(self._first_rows, rows, side="right") - 1
+        return numbers, rows - self._first_rows[numbers], stop
+
+    def _check(self, lowest: int, highest: int, start: int, stop: int) -> None:
+        if lowest < 0 or highest >= len(self):
+            row = lowest if lowest < 0 else highest
+            raise IndexError(f"{self.url}: row {row}; it has rows 0 to {len(self) - 1}")
+        if not 0 <= start < stop <= self.info.row_length:
+            raise ValueError(f"{self.url}: tokens {start}..{stop} of a row of {self.info.row_length:,}")
+
+    def _only_shard(self, numbers: Numbers) -> MappedShard | None:
+        """The shard that all are, when it is mapped."""
+        first = int(numbers[0])
+        shard = self._shard(first) if (numbers == first).all() else None
+        return shard if isinstance(shard, MappedShard) else None
+
+    def _read_tokens(self, numbers: Numbers, rows: Numbers, start: int, stop: int, dtype: np.dtype) -> Tokens:
+        tokens = np.empty((len(rows), stop - start), dtype)
+        for number, row, out in zip(numbers.tolist(), rows.tolist(), tokens, strict=True):
+            self._shard(number).read_tokens(row, start, out)
+        return tokens
+
+    def _shard(self, number: int) -> Shard:
+        shard = self._open.pop(number, None)
+        if shard is None:
             if len(self._open) >= OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
-            self._open[number] = self._shard(self.info.shards[number])
-        return self._open[number], row - self._first_rows[number]
+            shard = self._open_shard(self.info.shards[number])
+        self._open[number] = shard  # the last one: the first is what was not used for longest
+        return shard
 
-    def _shard(self, shard: ShardInfo) -> Shard:
-        path = f"{self.url}/{shard.name}"
-        read, num_bytes = _range_reader(path)
-        if num_bytes != shard.num_bytes:
+    @contextlib.contextmanager
+    def _damage(self) -> Iterator[None]:
+        """Around reads that find what no writer wrote."""
+        try:
+            yield
+        except (IndexError, OverflowError, ValueError) as error:
+            if str(error).startswith(self.url):
+                raise
+            raise ValueError(f"{self.url}: a damaged shard: {error}; `lwm-data check` tells which") from error
+
+    def _open_shard(self, of: ShardInfo) -> Shard:
+        ranges = open_ranges(f"{self.url}/{of.name}")
+        if ranges.num_bytes != of.num_bytes:
             raise ValueError(
-                f"{path}: {num_bytes:,} bytes, the index says {shard.num_bytes:,}: a truncated or changed shard; "
-                "build again"
+                f"{self.url}/{of.name}: {ranges.num_bytes:,} bytes, the index says {of.num_bytes:,}: a truncated or "
+                "changed shard; build again"
             )
-        return Shard(read, self.info.row_length, self._dtype, self.info.rows_per_page, shard.num_rows, shard.offsets_at)
+        form = (self.info.row_length, self._dtype, self.info.rows_per_page, of.num_rows, of.offsets_at)
+        if isinstance(ranges, LocalRanges) and self.info.row_length * self._dtype.itemsize <= MAPPED_BYTES:
+            return MappedShard(ranges, *form)
+        return Shard(ranges, *form)
 
 
 def open_dataset(url: str | Path) -> Dataset:
-    """The dataset in the folder `url` (a path or any fsspec URL).
-
-    ValueError where there is none, where it is unfinished, of a newer format version, or on a store whose package
-    is not installed.
-    """
+    """The dataset in the folder `url` (a path or any fsspec URL); ValueError as `read_index` says."""
     url = str(url).rstrip("/")
-    path = f"{url}/{INDEX}"
-    try:
-        with fsspec.open(path, "rb") as file:
-            raw = json.loads(file.read())
-    except ImportError as error:  # fsspec knows the protocol, but what speaks it is a package of its own
-        package = getattr(error.__cause__, "name", None)
-        remedy = f"pip install {package}" if package else str(error)
-        raise ValueError(f"{url}: reading it needs a package that is not installed: {remedy}") from error
-    except FileNotFoundError:
-        raise ValueError(
-            f"{url}: no {INDEX}: not a dataset, or its build did not finish (run the build again)"
-        ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format_version: got {version!r}; this version of lwm reads {FORMAT_VERSION}; update lwm"
-        )
-    try:
-        return Dataset(url, DatasetInfo.model_validate(raw))
-    except ValidationError as error:
-        raise ValueError(f"{path}: {error.errors()[0]['loc']}: {error.errors()[0]['msg']}") from error
-
-
-def _range_reader(path: str) -> tuple[RangeReader, int]:
-    """A reader of exact ranges of the file, and the file's size in bytes."""
-    if "://" not in path:
-        return _LocalRanges(path), os.stat(path).st_size
-    fs, inner = fsspec.core.url_to_fs(path)
-
-    def read(start: int, stop: int) -> bytes:
-        return bytes(fs.cat_file(inner, start=start, end=stop))
-
-    return read, int(fs.size(inner))
-
-
-class _LocalRanges:
-    """pread of a local file; the descriptor is closed with the object."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when the program ends
-        if hasattr(self, "_descriptor"):
-            close(self._descriptor)
-
-    def __call__(self, start: int, stop: int) -> bytes:
-        data = os.pread(self._descriptor, stop - start, start)
-        if len(data) != stop - start:
-            raise ValueError(
-                f"{PurePosixPath(self._path).name}: {len(data)} of {stop - start} bytes at {start}: truncated"
-            )
-        return data
+    return Dataset(url, read_index(url))

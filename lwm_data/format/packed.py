@@ -21,25 +21,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, UInt32
+from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt32
 
 from lwm_data.format.example import Example
+
+BLOCK = 1 << 16  # tokens
 
 LossWeighting = Literal["example", "token"]
 Packing = Literal["masked", "naive"]
 
 
 class Arrays(TypedDict):
-    """A row, or a slice of one, as the trainer takes it; every array has the slice's length."""
+    """A row, or a slice of one, as the trainer takes it; of several rows the arrays are [rows, length]."""
 
-    tokens: Int32[np.ndarray, " length"]
-    vision_mask: Bool[np.ndarray, " length"]
-    segment_ids: Int32[np.ndarray, " length"]
-    position_ids: Int32[np.ndarray, " length"]
-    loss_weights: Float32[np.ndarray, " length"]
+    tokens: Int32[np.ndarray, "... length"]
+    vision_mask: Bool[np.ndarray, "... length"]
+    segment_ids: Int32[np.ndarray, "... length"]
+    position_ids: Int32[np.ndarray, "... length"]
+    loss_weights: Float32[np.ndarray, "... length"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,22 @@ class PackedSequence:
 
     def arrays(self, start: int = 0, stop: int | None = None) -> Arrays:
         """The five arrays of tokens start..stop of the row."""
-        stop = len(self.tokens) if stop is None else stop
-        return derive(self.tokens[start:stop], self.runs, self.weights, start)
+        tables = RunTables.of([(self.runs, self.weights)])
+        return row_of(derive(self.tokens[np.newaxis, start:stop], tables, len(self.tokens), start), 0)
+
+
+class RunTables(NamedTuple):
+    """The runs of whole rows, one row after another: the next num_runs[i] of `runs` and `weights` are row i's."""
+
+    runs: UInt32[np.ndarray, "n 3"]
+    weights: Float32[np.ndarray, " n"]
+    num_runs: Int64[np.ndarray, " rows"]
+
+    @staticmethod
+    def of(rows: Sequence[tuple[UInt32[np.ndarray, "n 3"], Float32[np.ndarray, " n"]]]) -> RunTables:
+        """The tables of rows given as (runs, weights)."""
+        runs, weights = zip(*rows, strict=True)
+        return RunTables(np.concatenate(runs), np.concatenate(weights), np.array([len(of_row) for of_row in runs]))
 
 
 def pack_row(pieces: Sequence[Piece], row_length: int, packing: Packing, weighting: LossWeighting) -> PackedSequence:
@@ -103,28 +119,57 @@ def pack_row(pieces: Sequence[Piece], row_length: int, packing: Packing, weighti
     return PackedSequence(tokens, np.array(runs, np.uint32).reshape(-1, 3), np.array(weights, np.float32))
 
 
-def derive(
-    tokens: np.ndarray, runs: UInt32[np.ndarray, "n 3"], weights: Float32[np.ndarray, " n"], start: int
-) -> Arrays:
-    """The five arrays of the tokens start..start + len(tokens) of the row that `runs` and `weights` describe."""
-    stop = start + len(tokens)
+def derive(tokens: Integer[np.ndarray, "rows length"], tables: RunTables, row_length: int, start: int) -> Arrays:
+    """The five arrays [rows, length] of the tokens start..start + length of the rows that `tables` describes.
+
+    ValueError where the runs of a row do not cover its `row_length` tokens: the tables are damaged.
+    """
+    runs, weights, num_runs = tables
+    shape, stop = tokens.shape, start + tokens.shape[1]
+    firsts = np.cumsum(num_runs) - num_runs  # each row's first run
     ends = np.cumsum(runs[:, 0], dtype=np.int64)
     begins = ends - runs[:, 0]
-    first = int(np.searchsorted(ends, start, side="right"))
-    last = int(np.searchsorted(begins, stop, side="left"))
-    inside = slice(first, last)
-    lengths = np.minimum(ends[inside], stop) - np.maximum(begins[inside], start)
+    covered = np.diff(begins[firsts], append=ends[-1])
+    if (covered != row_length).any():
+        raise ValueError(f"runs cover {covered[covered != row_length][0]:,} tokens of a row of {row_length:,}")
+    row_begins = np.repeat(begins[firsts], num_runs)
+    begins, ends = begins - row_begins, ends - row_begins  # counted from the row's first token
+    # A segment begins where its number changes or a row begins; positions count from there, and padding stays 0.
     segments = runs[:, 1].astype(np.int32)
-    # A segment begins where its number changes; positions count from there, and padding stays 0.
-    is_start = np.r_[True, segments[1:] != segments[:-1]] if len(segments) else np.zeros(0, bool)
-    segment_begins = np.maximum.accumulate(np.where(is_start, begins, 0))
-    segment_ids = np.repeat(segments[inside], lengths)
-    position_ids = np.arange(start, stop) - np.repeat(segment_begins[inside], lengths)
-    position_ids[segment_ids == 0] = 0
+    is_start = np.ones(len(runs), bool)
+    np.not_equal(segments[1:], segments[:-1], out=is_start[1:])
+    is_start[firsts] = True
+    segment_begins = begins[np.maximum.accumulate(np.where(is_start, np.arange(len(runs)), 0))]
+    inside = np.maximum(np.minimum(ends, stop) - np.maximum(begins, start), 0)  # tokens of each run
+    position_ids = np.repeat((start - segment_begins).astype(np.int32), inside).reshape(shape)
+    _count_on(position_ids)
+    ends_inside = np.cumsum(inside)
+    for run in np.flatnonzero(segments == 0).tolist():
+        position_ids.reshape(-1)[ends_inside[run] - inside[run] : ends_inside[run]] = 0
     return Arrays(
-        tokens=np.asarray(tokens, np.int32),
-        vision_mask=np.repeat(runs[inside, 2] != 0, lengths),
-        segment_ids=segment_ids,
-        position_ids=position_ids.astype(np.int32),
-        loss_weights=np.repeat(np.asarray(weights[inside], np.float32), lengths),
+        tokens=tokens.astype(np.int32, copy=False),
+        vision_mask=np.repeat(runs[:, 2] != 0, inside).reshape(shape),
+        segment_ids=np.repeat(segments, inside).reshape(shape),
+        position_ids=position_ids,
+        loss_weights=np.repeat(weights.astype(np.float32, copy=False), inside).reshape(shape),
+    )
+
+
+def _count_on(values: Int32[np.ndarray, "rows length"]) -> None:
+    """Add 0, 1, 2, ... to each row, in blocks that stay in the processor's cache."""
+    count = np.arange(min(BLOCK, values.shape[1]), dtype=np.int32)
+    for begin in range(0, values.shape[1], BLOCK):
+        block = values[:, begin : begin + BLOCK]
+        block += count[: block.shape[1]]
+        count += BLOCK
+
+
+def row_of(arrays: Arrays, row: int) -> Arrays:
+    """The arrays [length] of one of the rows of arrays [rows, length]; views, not copies."""
+    return Arrays(
+        tokens=arrays["tokens"][row],
+        vision_mask=arrays["vision_mask"][row],
+        segment_ids=arrays["segment_ids"][row],
+        position_ids=arrays["position_ids"][row],
+        loss_weights=arrays["loss_weights"][row],
     )

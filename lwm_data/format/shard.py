@@ -18,18 +18,20 @@ import hashlib
 import io
 import os
 import tarfile
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
 from uuid import uuid4
 
 import numpy as np
 
-from lwm_data.format.packed import Arrays, PackedSequence, derive
+from lwm_data.format.packed import PackedSequence
 
 PAGE_BYTES = 1 << 20  # of tokens
 MEMBERS = ("tokens", "runs", "weights", "row_starts")
 OFFSETS = "__offsets__"  # WebDataset readers skip names that begin and end with two underscores
+PAGES_AHEAD = 2  # pages that may wait for their hash
 
 
 def rows_per_page(row_length: int, dtype: np.dtype) -> int:
@@ -41,6 +43,7 @@ class ShardWriter:
     """Writes rows to `path`: under a temporary name, renamed when closed, removed when an error ends the block.
 
     After the block: `sha256`, `num_bytes`, `num_rows`, `offsets_at` (where the data of `__offsets__` begin).
+    A thread hashes pages while they are written and the next is filled: SHA-256 takes as long as all the rest.
     """
 
     def __init__(self, path: Path, row_length: int, dtype: np.dtype) -> None:
@@ -48,9 +51,12 @@ class ShardWriter:
         self.num_rows = self.num_bytes = self.offsets_at = 0
         self.sha256 = ""
         self._page_rows = rows_per_page(row_length, dtype)
-        self._page: list[PackedSequence] = []
+        self._begin_page()
         self._offsets: list[list[int]] = []
         self._hash = hashlib.sha256()
+        self._added: list[bytes | memoryview] = []
+        self._hasher = ThreadPoolExecutor(1, "shard sha256")
+        self._unhashed: deque[Future[None]] = deque()
         self._temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115 (closed by __exit__)
 
@@ -60,94 +66,81 @@ class ShardWriter:
     def add(self, row: PackedSequence) -> None:
         """Append one row. ValueError where an id does not fit the shard's dtype."""
         assert len(row.tokens) == self.row_length, f"a row of {len(row.tokens)} in a shard of {self.row_length}"
-        if int(row.tokens.max()) > np.iinfo(self.dtype).max:
+        if row.tokens.dtype != self.dtype and int(row.tokens.max()) > np.iinfo(self.dtype).max:
             raise ValueError(f"{self.path.name}: id {int(row.tokens.max())} does not fit {self.dtype}")
-        self._page.append(row)
+        self._tokens[len(self._runs)] = row.tokens
+        self._runs.append(row.runs)
+        self._weights.append(row.weights)
         self.num_rows += 1
-        if len(self._page) == self._page_rows:
+        if len(self._runs) == self._page_rows:
             self._write_page()
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
         try:
             if kind is None:
-                if self._page:
+                if self._runs:
                     self._write_page()
-                self.offsets_at = self._write_member(OFFSETS, np.array(self._offsets, "<u8").tobytes())
-                self._write(bytes(2 * tarfile.BLOCKSIZE))
-                self._file.flush()
+                self.offsets_at = self._add_member(OFFSETS, np.array(self._offsets, "<u8").tobytes())
+                self._add(bytes(2 * tarfile.BLOCKSIZE))
+                self._flush()
                 os.fsync(self._file.fileno())
                 self._file.close()
-                os.replace(self._temporary, self.path)
+                self._hasher.shutdown()
                 self.sha256 = self._hash.hexdigest()
+                os.replace(self._temporary, self.path)
         finally:
+            self._hasher.shutdown()
             self._file.close()
             self._temporary.unlink(missing_ok=True)
 
+    def _begin_page(self) -> None:
+        self._tokens = np.empty((self._page_rows, self.row_length), self.dtype)
+        self._runs: list[np.ndarray] = []
+        self._weights: list[np.ndarray] = []
+
     def _write_page(self) -> None:
         name = f"{len(self._offsets):08d}"
-        num_runs = [len(row.runs) for row in self._page]
         page = {
-            "tokens": np.stack([row.tokens.astype(self.dtype) for row in self._page]),
-            "runs": np.concatenate([row.runs for row in self._page]).astype("<u4"),
-            "weights": np.concatenate([row.weights for row in self._page]).astype("<f4"),
-            "row_starts": np.cumsum([0, *num_runs]).astype("<u4"),
+            "tokens": self._tokens[: len(self._runs)],
+            "runs": np.concatenate(self._runs).astype("<u4", copy=False),
+            "weights": np.concatenate(self._weights).astype("<f4", copy=False),
+            "row_starts": np.cumsum([0, *map(len, self._runs)]).astype("<u4"),
         }
-        self._offsets.append([self._write_array(f"{name}.{member}.npy", page[member]) for member in MEMBERS])
-        self._page = []
+        self._offsets.append([self._add_array(f"{name}.{member}.npy", page[member]) for member in MEMBERS])
+        self._flush()
+        self._begin_page()
 
-    def _write_array(self, name: str, array: np.ndarray) -> int:
+    def _add_array(self, name: str, array: np.ndarray) -> int:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-        return self._write_member(name, array.data.cast("B"), header.getvalue())
+        return self._add_member(name, array.data.cast("B"), header.getvalue())
 
-    def _write_member(self, name: str, data: bytes | memoryview, header: bytes = b"") -> int:
-        """Write a tar member of header + data; returns where the data begin."""
+    def _add_member(self, name: str, data: bytes | memoryview, header: bytes = b"") -> int:
+        """Add a tar member of header + data; returns where the data begin in the file."""
         info = tarfile.TarInfo(name)
         info.size = len(header) + len(data)
-        self._write(info.tobuf(tarfile.USTAR_FORMAT) + header)
+        self._add(info.tobuf(tarfile.USTAR_FORMAT) + header)
         data_at = self.num_bytes
-        self._write(data)
-        self._write(bytes(-info.size % tarfile.BLOCKSIZE))
+        self._add(data)
+        self._add(bytes(-info.size % tarfile.BLOCKSIZE))
         return data_at
 
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
+    def _add(self, data: bytes | memoryview) -> None:
+        self._added.append(data)
         self.num_bytes += len(data)
 
+    def _flush(self) -> None:
+        """Write what was added, and give it to the thread that hashes."""
+        parts, self._added = self._added, []
+        if len(self._unhashed) == PAGES_AHEAD:
+            self._unhashed.popleft().result()
+        self._unhashed.append(self._hasher.submit(self._update, parts))
+        begin = self._file.tell()
+        self._file.writelines(parts)
+        self._file.flush()
+        if hasattr(os, "posix_fadvise"):  # has the disk begin to write them, so that fsync finds little left
+            os.posix_fadvise(self._file.fileno(), begin, self.num_bytes - begin, os.POSIX_FADV_DONTNEED)
 
-class RangeReader(Protocol):
-    """Bytes start..stop of a file, local or remote."""
-
-    def __call__(self, start: int, stop: int) -> bytes: ...
-
-
-class Shard:
-    """Reads single rows, and slices of rows, of a shard by exact ranges.
-
-    page_rows: P above. at: where the data of `__offsets__` begin; both stand in the dataset's index.
-    Ranges, not a memory map: with a disk's read-ahead of some MiB a mapped cold slice reads 232 times its bytes.
-    """
-
-    def __init__(self, read: RangeReader, row_length: int, dtype: np.dtype, page_rows: int, num_rows: int, at: int):
-        self._read, self._row_length, self._dtype, self._page_rows = read, row_length, dtype, page_rows
-        num_pages = -(-num_rows // page_rows)
-        self._offsets = np.frombuffer(read(at, at + 32 * num_pages), "<u8").reshape(-1, 4).tolist()
-
-    def row(self, row: int, start: int = 0, stop: int | None = None) -> PackedSequence:
-        """Row `row` with its whole run table, but only tokens start..stop of it (all of them by default)."""
-        page, r = divmod(row, self._page_rows)
-        tokens_at, runs_at, weights_at, row_starts_at = self._offsets[page]
-        stop = self._row_length if stop is None else stop
-        size = self._dtype.itemsize
-        row_at = tokens_at + r * self._row_length * size
-        tokens = np.frombuffer(self._read(row_at + start * size, row_at + stop * size), self._dtype)
-        first, last = np.frombuffer(self._read(row_starts_at + 4 * r, row_starts_at + 4 * r + 8), "<u4").tolist()
-        runs = np.frombuffer(self._read(runs_at + 12 * first, runs_at + 12 * last), "<u4").reshape(-1, 3)
-        weights = np.frombuffer(self._read(weights_at + 4 * first, weights_at + 4 * last), "<f4")
-        return PackedSequence(tokens, runs, weights)
-
-    def arrays(self, row: int, start: int, stop: int) -> Arrays:
-        """The five arrays of tokens start..stop of `row`."""
-        packed = self.row(row, start, stop)
-        return derive(packed.tokens, packed.runs, packed.weights, start)
+    def _update(self, parts: list[bytes | memoryview]) -> None:
+        for part in parts:
+            self._hash.update(part)

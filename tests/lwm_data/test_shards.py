@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import pickle
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -119,20 +121,48 @@ def test_a_slice_read_from_disk_is_the_slice_of_the_row(mixed: Dataset, data: st
         assert part[name].dtype == whole[name].dtype  # type: ignore[literal-required]
 
 
-def test_a_slice_costs_the_bytes_of_the_slice(mixed: Dataset) -> None:
-    dataset = open_dataset(mixed.url)
-    dataset.read(0, 0, 1)
-    shard = dataset._open[0]
-    counted: list[int] = []
-    read = shard._read
+@given(data=st.data())
+def test_a_batch_is_its_rows_one_by_one(mixed: Dataset, data: st.DataObject) -> None:
+    """Rows of one shard or of several, in any order, also the same twice; from the mapped file, and over a URL."""
+    last = data.draw(st.sampled_from([len(mixed) - 1, mixed.info.shards[0].num_rows - 1]))
+    rows = data.draw(st.lists(st.integers(0, last), min_size=1, max_size=12))
+    start = data.draw(st.sampled_from([0, 0, 1, 500]))
+    stop = data.draw(st.sampled_from([ROW, ROW, ROW - 1, 501]))
+    for dataset in (mixed, open_dataset(f"file://{mixed.url}")):
+        dataset.will_need(rows, start, stop)
+        batch = dataset.read_batch(rows, start, stop)
+        for name in NAMES:
+            wanted = np.stack([mixed.read(row, start, stop)[name] for row in rows])  # type: ignore[literal-required]
+            np.testing.assert_array_equal(batch[name], wanted, err_msg=name)  # type: ignore[literal-required]
+            assert batch[name].dtype == wanted.dtype  # type: ignore[literal-required]
+        tokens = dataset.read_tokens(rows, start, stop)
+        np.testing.assert_array_equal(tokens, batch["tokens"])
+        assert tokens.dtype == np.uint16
 
-    def counting(start: int, stop: int) -> bytes:
-        counted.append(stop - start)
-        return read(start, stop)
 
-    shard._read = counting
-    dataset.read(0, 100, 200)
-    assert counted[0] == 200 and sum(counted[1:]) < 1000
+@given(data=st.data())
+def test_slices_of_a_row_tile_it(mixed: Dataset, data: st.DataObject) -> None:
+    row = data.draw(st.integers(0, len(mixed) - 1))
+    cuts = [0, *sorted(data.draw(st.sets(st.integers(1, ROW - 1), max_size=6))), ROW]
+    tiles = [mixed.read(row, start, stop) for start, stop in itertools.pairwise(cuts)]
+    for name in NAMES:
+        joined = np.concatenate([tile[name] for tile in tiles])  # type: ignore[literal-required]
+        np.testing.assert_array_equal(joined, mixed[row][name])  # type: ignore[literal-required]
+
+
+def test_rows_and_slices_that_are_not_there_are_named(mixed: Dataset) -> None:
+    for rows in ([len(mixed)], [0, -1]):
+        with pytest.raises(IndexError, match=f"row {rows[-1]}; it has rows 0 to {len(mixed) - 1}"):
+            mixed.read_batch(rows)
+    with pytest.raises(ValueError, match=rf"tokens 5\.\.{ROW + 1} of a row of 1,100"):
+        mixed.read_tokens([0], 5, ROW + 1)
+
+
+def test_another_process_opens_the_files_for_itself(mixed: Dataset) -> None:
+    mixed.read_batch([0, len(mixed) - 1])
+    copy = pickle.loads(pickle.dumps(mixed))
+    assert not copy._open
+    np.testing.assert_array_equal(copy[1]["tokens"], mixed[1]["tokens"])
 
 
 def test_the_same_rows_come_over_an_fsspec_url(mixed: Dataset) -> None:
