@@ -125,7 +125,8 @@ def show(
         return
     print_row(opened, row, view_console())
     if png is not None:
-        print(f"{len(written):,} picture{'s' if len(written) != 1 else ''} written to {png}")
+        said = f"{len(written):,} picture{'s' if len(written) != 1 else ''} written to {png}"
+        print(said if written else f"row {row} has no picture or video: nothing is written to {png}")
 
 
 @app.command()

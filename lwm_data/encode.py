@@ -31,7 +31,7 @@ from lwm_data.vision.decode_pool import DecodePool, Failure, ImageRequest, Video
 from lwm_data.vision.vqgan import VisionTokenizer, load_vision_tokenizer
 
 FRAMES = 64  # encoded at a time
-PICTURE_SECONDS = 60.0  # that decoding may take
+PICTURE_SECONDS = 60.0  # of a processor, that decoding may take
 VIDEO_SECONDS = 3600.0
 
 

@@ -217,7 +217,8 @@ def _frames(file: Path, fps: float, max_frames: int) -> UInt8[np.ndarray, "n 256
     from lwm_data.vision.frames import decode_image, decode_video
 
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; wanted a picture or a clip")
+        got = "a folder" if file.is_dir() else "no such file"
+        raise ValueError(f"{file}: {got}; wanted a picture or a clip")
     try:
         if file.stat().st_size <= MAX_PICTURE:
             try:

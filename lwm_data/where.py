@@ -51,11 +51,14 @@ def _condition(node: ast.expr) -> Condition:
 
 
 def _comparison(
-    sides: list[Callable[[Mapping[str, Any]], Any]], ops: list[type[ast.cmpop]], node: ast.expr
+    sides: list[Callable[[Mapping[str, Any]], Any]], ops: list[type[ast.cmpop]], node: ast.Compare
 ) -> Condition:
-    for op in ops:
+    for op, right in zip(ops, node.comparators, strict=True):
         if op not in COMPARE:
             raise ValueError(f"where: one of < <= > >= == != in, not in (got {ast.unparse(node)!r})")
+        # ('image') is no list, and 'a' in 'image' is true.
+        if op in (ast.In, ast.NotIn) and isinstance(right, ast.Constant):
+            raise ValueError(f"where: a list after in, as ({right.value!r},) (got {ast.unparse(node)!r})")
 
     def holds(fields: Mapping[str, Any]) -> bool:
         values = [side(fields) for side in sides]

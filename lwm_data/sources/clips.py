@@ -4,8 +4,8 @@
     "chapters": [{"title": "Start", "start_time": 0, "end_time": 30}, ...]       or in yt_meta_dict.info
     "subtitles": [{"start": 0, "end": 2, "lines": ["So here"]}, ...]             captions of clips without their own
 
-video2dataset cuts a video where it is told to, names each piece `<key>_<number>`, and leaves in its metadata where in
-the whole the piece was: such a file *is* the clip.
+video2dataset cuts a video where it is told to, names each piece `00012_00003` in its tar, and leaves in its metadata
+where in the whole the piece was: such a file *is* the clip.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lwm_data.sources.fields import Fields
 from lwm_data.sources.record import Rejection
 
 CLOCK = re.compile(r"(\d{1,4}):([0-5]?\d):([0-5]?\d(?:[.,]\d*)?)")
-CUT_NAME = re.compile(r".*_\d+")
+CUT_NAME = re.compile(r"\d+_\d+")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Clip:
 
 
 def read_clips(key: str, name: str, fields: Fields, is_asked: bool | None) -> Iterator[Clip | Rejection]:
-    """The clips of the video `key`, as `key:0000`; itself where it has none. name: the file's, without its ending.
+    """The clips of the video `key`, as `key:0000`; itself where it has none. name: of the member of a tar, or "".
 
     is_asked: whether clips are to be cut; None: but where the file was cut already.
     """

@@ -1,7 +1,7 @@
 """Rows of Parquet and Arrow files, one at a time, each value read when it is asked for.
 
 a.parquet    url | caption | jpg          for row in read_rows(file):
-b.arrow      image {bytes, path} | text       row.fields["caption"], row.column("jpg")
+b.arrow      image {bytes, path} | text       row.fields["caption"], row.value("jpg")
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lwm_data.sources.fields import Fields
+from lwm_data.sources.fields import Fields, UnreadableField
 from lwm_data.sources.files import InputFile, open_unpacked
 from lwm_data.sources.record import Rejection
 
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what a damaged file raises, the last by its names
 PICTURES_BATCH = 16  # rows of a Parquet that are held together; a picture can have megabytes
 
 
@@ -31,12 +32,27 @@ class Row:
 
     @cached_property
     def fields(self) -> Fields:
-        names = frozenset(self.batch.schema.names)
-        return Fields({}, lambda name: self.value(name).as_py() if name in names else None)
+        return Fields({}, lambda name: field_value(self.batch, name, self.at))
 
     def value(self, name: str) -> Any:
         """The value of a column, as pyarrow's scalar: large bytes need not be copied to be looked at."""
         return self.batch.column(name)[self.at]
+
+
+def field_value(table: pa.RecordBatch | pa.Table, name: str, at: int) -> Any:
+    """The value of column `name` in row `at`; None where there is no such column. UnreadableField."""
+    column = table.schema.get_field_index(name)
+    if column < 0:
+        if name in table.schema.names:
+            raise UnreadableField("wrong field", f"{name}: two columns of this name")
+        return None
+    try:
+        return table.column(column)[at].as_py()
+    except UnicodeDecodeError as error:
+        raise UnreadableField("not UTF-8", f"{name}: {error}") from None
+    # A date that Python has none of, a time zone that nobody knows, a decimal of too many digits.
+    except (ValueError, ArithmeticError, LookupError, pa.ArrowException) as error:
+        raise UnreadableField("wrong field", f"{name}: {type(error).__name__}: {error}") from None
 
 
 def read_rows(file: InputFile, batch_rows: int = PICTURES_BATCH) -> Iterator[Row | Rejection]:
@@ -44,10 +60,11 @@ def read_rows(file: InputFile, batch_rows: int = PICTURES_BATCH) -> Iterator[Row
     number = 0
     try:
         for batch in _batches(file, batch_rows):
+            _ = batch.schema.names  # that they are UTF-8, nobody has checked
             for at in range(len(batch)):
                 yield Row(number, batch, at)
                 number += 1
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         yield damaged(f"{file.key}:{number}", error)
 
 

@@ -16,8 +16,15 @@ from lwm_data.sources.record import Rejection
 MAX_JSON = 1 << 20  # bytes
 
 
+class UnreadableField(ValueError):
+    """A value is there that cannot be taken. The two arguments are the reason, one of few, and the detail."""
+
+
 class Fields(dict[str, Any]):
-    """The fields of a record: those that are `known`, then what `more` gives for a name; null means missing."""
+    """The fields of a record: those that are `known`, then what `more` gives for a name; null means missing.
+
+    Whoever asks for one may get an UnreadableField.
+    """
 
     def __init__(self, known: Mapping[str, Any], more: Callable[[str], Any] = lambda name: None) -> None:
         super().__init__((name, value) for name, value in known.items() if value is not None)

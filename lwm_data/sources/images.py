@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from lwm_data.manifest_sources import Images
 from lwm_data.sources.columns import Row, read_rows
+from lwm_data.sources.fields import UnreadableField
 from lwm_data.sources.files import InputFile
 from lwm_data.sources.key_index import SeenKeys
 from lwm_data.sources.media import MediaItem, admit
@@ -69,20 +70,20 @@ def _read_row(source: Images, file: InputFile, row: Row, column: str) -> MediaIt
             value = value["bytes"]
         picture = value.as_buffer() if value.is_valid else None
         if picture is None or not picture.size:
-            if row.fields.find("status") not in (None, "success"):
+            if str(row.fields.find("status")).startswith("failed"):
                 return None
             return Rejection(key, "no picture", f"{column}: no bytes of one")
         if picture.size > PICTURE.max_bytes:
             return Rejection(key, "too large", f"{picture.size:,} bytes; wanted {PICTURE.max_bytes:,} or fewer")
         return admit(source, key, picture.to_pybytes(), row.fields)
-    except UnicodeDecodeError as error:
-        return Rejection(key, "not UTF-8", f"a field: {error}")
+    except UnreadableField as error:
+        return Rejection(key, *error.args)
 
 
 def _picture_column(schema: pa.Schema) -> str | None:
-    """The column that holds pictures: one of the usual names, or the only one of bytes."""
+    """The column that holds pictures: one of the usual names that no other has, or the only one of bytes."""
     found = [field.name for field in schema if _holds_bytes(field.type)]
-    usual = [name for name in PICTURE_COLUMNS if name in found]
+    usual = [name for name in PICTURE_COLUMNS if found.count(name) == 1]
     return usual[0] if usual else found[0] if len(found) == 1 else None
 
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int32, UInt64
 
-from lwm_data.sources.columns import damaged
+from lwm_data.sources.columns import UNREADABLE, damaged, field_value
 from lwm_data.sources.files import InputFile, open_unpacked
 from lwm_data.sources.record import Rejection
 
@@ -63,7 +63,7 @@ class KeyedRows:
         self.rejection: Rejection | None = None
 
     def value(self, key: str, name: str) -> Any:
-        """The field `name` of the row `key`; None where there is none."""
+        """The field `name` of the row `key`; None where there is none. UnreadableField."""
         if self.rejection is not None:
             return None
         try:
@@ -72,7 +72,7 @@ class KeyedRows:
             assert self._hashes is not None, "just made"
             place = _place(self._hashes, _hash(key.encode("utf-8", "surrogatepass"))) if name in self._names else None
             return None if place is None else self._at(int(self._rows[place]), name)
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             self.rejection = damaged(self._file.key, error)
             return None
 
@@ -98,7 +98,7 @@ class KeyedRows:
             with open_unpacked(self._file.path) as raw:
                 self._table = pq.ParquetFile(raw).read_row_group(group)
             self._group = group
-        return self._table.column(name)[row - self._starts[group]].as_py()
+        return field_value(self._table, name, row - self._starts[group])
 
 
 def _hash(key: bytes) -> int:

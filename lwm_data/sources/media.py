@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,14 +24,15 @@ from jaxtyping import Int32
 from lwm_data.format.example import Run, text_runs, vision_runs
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.manifest_sources import Images, Order, Videos
-from lwm_data.sources.fields import Fields
+from lwm_data.sources.fields import Fields, UnreadableField
 from lwm_data.sources.json_lines import holds_half_a_pair
 from lwm_data.sources.media_units import group_files as group_files
 from lwm_data.sources.record import Rejection
 from lwm_data.where import Condition, parse_where
 
-VERSION = 1  # raise it when the same files give other items
+VERSION = 2  # raise it when the same files give other items
 MAX_CAPTION = 64 << 10  # bytes of UTF-8
+MAX_SIDE = 1 << 32  # pixels; a larger number is none
 CAPTION_FIELDS = ("txt", "caption", "TEXT", "text")  # txt: the file beside, or img2dataset's Parquet column
 
 
@@ -72,8 +72,8 @@ def admit(
         filtered = _filtered(source.where, key, Fields({"caption": text}, fields.find))
         if filtered is not None:
             return filtered
-    except UnicodeDecodeError as error:
-        return Rejection(key, "not UTF-8", f"a field: {error}")
+    except UnreadableField as error:
+        return Rejection(key, *error.args)
     return MediaItem(key, data, text, start, end, source.min_size if size is None else 0)
 
 
@@ -83,7 +83,7 @@ def _filtered(where: str | None, key: str, fields: Fields) -> Rejection | None:
             return None
     except KeyError as error:
         return Rejection(key, "missing field", f"where: no value of {error.args[0]}")
-    except TypeError as error:
+    except (TypeError, RecursionError) as error:
         return Rejection(key, "wrong field", f"where: {error}")
     return Rejection(key, "filtered: where", where)
 
@@ -123,7 +123,7 @@ def _size(fields: Fields) -> tuple[float, float] | None:
 
 
 def _is_length(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < MAX_SIDE
 
 
 def is_text_first(order: Order, seed: int, source_name: str, key: str) -> bool:

@@ -25,7 +25,7 @@ from lwm_data.sources.files import InputFile
 from lwm_data.sources.record import Rejection
 from lwm_data.sources.video_lists import LISTS, listed_video, read_list
 
-PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
+PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "avif", "gif", "bmp", "tif", "tiff"})
 VIDEOS = frozenset({"mp4", "m4v", "webm", "mkv", "avi", "mov"})
 COLUMNS = frozenset({"parquet", "arrow"})  # files of rows that hold pictures
 SIDECARS = ("txt", "json")
@@ -50,8 +50,8 @@ def group_files(source: Images | Videos, files: list[InputFile]) -> list[tuple[I
         if file.path.endswith(PACKED):
             raise ValueError(f"{file.path}: got a packed tar; wanted .tar; unpack it, pictures do not shrink")
         if kind == "tar":
-            metadata = _beside(file, "parquet")
-            units.append((file, metadata) if folders.holds(metadata.path) else (file,))
+            metadata = folders.beside(file, "parquet")
+            units.append((file, metadata) if metadata is not None else (file,))
         elif kind == "parquet" and posixpath.splitext(file.path)[0] in stems:
             continue
         elif isinstance(source, Images) and kind in COLUMNS:
@@ -71,10 +71,6 @@ def suffix(name: str) -> str:
     return posixpath.splitext(name)[1][1:].lower()
 
 
-def _beside(file: InputFile, kind: str) -> InputFile:
-    return InputFile(f"{posixpath.splitext(file.path)[0]}.{kind}", f"{posixpath.splitext(file.key)[0]}.{kind}")
-
-
 def _loose_groups(
     files: Iterable[InputFile], media: frozenset[str], folders: _Folders
 ) -> Iterator[tuple[InputFile, ...]]:
@@ -87,8 +83,8 @@ def _loose_groups(
         group = sorted(stems[stem], key=lambda file: file.path)
         pictures = [file for file in group if suffix(file.path) in media]
         if pictures:
-            sidecars = (_beside(pictures[0], kind) for kind in SIDECARS)
-            yield (*pictures, *(file for file in sidecars if folders.holds(file.path)))
+            sidecars = (folders.beside(pictures[0], kind) for kind in SIDECARS)
+            yield (*pictures, *(file for file in sidecars if file is not None))
         else:
             yield tuple(group)
 
@@ -137,7 +133,16 @@ class _Folders:
 
     def holds(self, path: str) -> bool:
         folder, name = posixpath.split(path)
-        return name in self._names(folder)
+        return self._names(folder).get(name) == name
+
+    def beside(self, file: InputFile, kind: str) -> InputFile | None:
+        """The file that has the name of `file` and the ending `kind`, in small letters if there is such a one."""
+        folder, name = posixpath.split(posixpath.splitext(file.path)[0])
+        found = self._names(folder).get(f"{name}.{kind}")
+        if found is None:
+            return None
+        ending = posixpath.splitext(found)[1]
+        return InputFile(posixpath.join(folder, found), posixpath.splitext(file.key)[0] + ending)
 
 
 def file_exists(path: str) -> bool:
@@ -148,14 +153,25 @@ def file_exists(path: str) -> bool:
     return bool(fs.isfile(inner))
 
 
-def _names(folder: str) -> frozenset[str]:
-    """Of the files in `folder`."""
+def with_small_ending(name: str) -> str:
+    """A file's name or path with the letters after its last dot made small."""
+    stem, ending = posixpath.splitext(name)
+    return stem + ending.lower()
+
+
+def _names(folder: str) -> dict[str, str]:
+    """Of the files in `folder`, by themselves and, where that is no other's, by their name with a small ending."""
+    names = sorted(_listed(folder))
+    return {with_small_ending(name): name for name in names} | {name: name for name in names}
+
+
+def _listed(folder: str) -> list[str]:
     if "://" not in folder:
         try:
             with os.scandir(folder or ".") as entries:
-                return frozenset(entry.name for entry in entries if entry.is_file())
+                return [entry.name for entry in entries if entry.is_file()]
         except (FileNotFoundError, NotADirectoryError):
-            return frozenset()
+            return []
     fs, inner = fsspec.core.url_to_fs(folder)
     entries = fs.ls(inner, detail=True) if fs.isdir(inner) else []
-    return frozenset(posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file")
+    return [posixpath.basename(entry["name"]) for entry in entries if entry["type"] == "file"]

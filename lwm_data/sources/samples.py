@@ -7,6 +7,7 @@ photos/        cat.jpg  cat.txt  cat.json                                       
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from lwm_data.sources.fields import MAX_JSON, Fields, sidecar_fields
 from lwm_data.sources.files import InputFile, open_unpacked
 from lwm_data.sources.key_index import KeyedRows, SeenKeys
-from lwm_data.sources.media_units import SIDECARS, suffix
+from lwm_data.sources.media_units import SIDECARS, suffix, with_small_ending
 from lwm_data.sources.record import Rejection
 from lwm_data.sources.tar_members import DamagedTar, Member, read_members
 
@@ -23,11 +24,15 @@ MAX_TEXT = 64 << 10  # bytes of a caption's file
 
 @dataclass(frozen=True)
 class Kind:
-    """What a source takes: files with these endings, called `name`, of at most max_bytes each."""
+    """What a source takes: files with these endings, called `name`, of at most max_bytes each.
+
+    is_streamed: a local file is decoded from its path, and may be of any size.
+    """
 
     name: str
     suffixes: frozenset[str]
     max_bytes: int
+    is_streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def _tar_sample(
 
 def loose_samples(files: tuple[InputFile, ...], kind: Kind) -> Iterator[Sample | Rejection]:
     """The records of files that lie in folders; pictures with one name but for the ending share what lies beside."""
-    sidecars = {file.path: file for file in files if suffix(file.path) in SIDECARS}
+    sidecars = {with_small_ending(file.path): file for file in files if suffix(file.path) in SIDECARS}
     used = set()
     for file in files:
         if suffix(file.path) not in kind.suffixes:
@@ -160,9 +165,9 @@ def loose_samples(files: tuple[InputFile, ...], kind: Kind) -> Iterator[Sample |
 
 def load_media(file: InputFile, kind: Kind) -> bytes | str | Rejection:
     """The path of a local file, the bytes of a remote one."""
-    if "://" not in file.path:
+    if "://" not in file.path and (kind.is_streamed or os.path.getsize(file.path) <= kind.max_bytes):
         return file.path
-    data = _read(file.path, kind.max_bytes)
+    data = _read(file.path, kind.max_bytes) if "://" in file.path else None
     return data if data is not None else Rejection(file.key, "too large", f"more than {kind.max_bytes:,} bytes")
 
 

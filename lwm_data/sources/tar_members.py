@@ -20,6 +20,7 @@ from typing import BinaryIO
 BLOCK = 512
 MAX_NAME = 1024  # characters
 MAX_NAME_HEADER = 64 << 10  # bytes of a GNU long name or of pax records
+MAX_DIGITS = 20  # of a size in a pax header: more than any file has
 MAX_PADDING = 1 << 20  # bytes after the end of the archive that are looked at
 ZEROS = bytes(BLOCK)
 WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
@@ -57,7 +58,10 @@ def read_members(raw: BinaryIO, max_bytes: Callable[[str], int | None]) -> Itera
         if info is None:
             return
         name = pax.get("path") or long_name or info.name
-        size = int(pax["size"]) if pax.get("size", "").isdecimal() else info.size
+        digits = pax.get("size", "")
+        if len(digits) > MAX_DIGITS:
+            raise DamagedTar(f"a pax header with a size of {len(digits):,} digits")
+        size = int(digits) if digits.isdecimal() else info.size
         kind = info.type
         at += BLOCK
         if kind == tarfile.GNUTYPE_SPARSE:

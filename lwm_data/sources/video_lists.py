@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lwm_data.sources.columns import Row, read_rows
-from lwm_data.sources.fields import Fields
+from lwm_data.sources.fields import Fields, UnreadableField
 from lwm_data.sources.files import InputFile, open_unpacked
 from lwm_data.sources.json_lines import holds_half_a_pair, read_json_lines
 from lwm_data.sources.record import Rejection
 
 LISTS = frozenset({"jsonl", "csv", "parquet"})
-MAX_CSV_LINE = 1 << 20  # bytes
+MAX_CSV_LINE = 1 << 20  # bytes, and characters of a field, which may have many lines
 WORDS: frozenset[str | None] = frozenset({"path", "caption", "TEXT", "text", "txt"})  # columns without numbers
 NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
@@ -54,8 +54,8 @@ def listed_video(file: InputFile, row: ListRow) -> InputFile | Rejection:
     """The video that the row of list `file` names; whether it is there is not looked at."""
     try:
         path = row.fields.find("path")
-    except UnicodeDecodeError as error:
-        return Rejection(row.key, "not UTF-8", f"path: {error}")
+    except UnreadableField as error:
+        return Rejection(row.key, *error.args)
     if not isinstance(path, str) or not path.strip():
         return Rejection(row.key, "no video", "no path; wanted that of a video, relative to the list's folder")
     if "\0" in path or holds_half_a_pair(path):
@@ -88,8 +88,8 @@ def _read_csv(file: InputFile, words: frozenset[str | None]) -> Iterator[ListRow
 
         reader = csv.reader(lines(), strict=True)
         try:
-            header = next(reader, [])
-            for row in reader:
+            header = _next_row(reader) or []
+            while (row := _next_row(reader)) is not None:
                 key = f"{file.key}:{reader.line_num}"
                 if not row:
                     continue
@@ -103,6 +103,15 @@ def _read_csv(file: InputFile, words: frozenset[str | None]) -> Iterator[ListRow
                     yield ListRow(key, Fields(dict(zip(header, values, strict=True))))
         except csv.Error as error:
             yield Rejection(f"{file.key}:{reader.line_num}", "damaged", f"no CSV: {error}; the rest is not read")
+
+
+def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
+    """The next row; None at the end. A field may be as long as a line: the module's limit is one for all readers."""
+    usual = csv.field_size_limit(MAX_CSV_LINE)
+    try:
+        return next(reader, None)
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _csv_value(text: str, is_words: bool) -> str | float | None:

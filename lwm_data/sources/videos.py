@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from lwm_data.manifest_sources import Videos
 from lwm_data.sources.clips import make_clip, read_clips
+from lwm_data.sources.fields import UnreadableField
 from lwm_data.sources.files import InputFile
 from lwm_data.sources.media import MediaItem, admit
 from lwm_data.sources.media_units import VIDEOS, file_exists, suffix
@@ -21,7 +22,7 @@ from lwm_data.sources.record import Rejection
 from lwm_data.sources.samples import Kind, load_media, loose_samples, tar_samples
 from lwm_data.sources.video_lists import LISTS, ListRow, listed_video, read_list
 
-VIDEO = Kind("video", VIDEOS, 4 << 30)
+VIDEO = Kind("video", VIDEOS, 1 << 30, is_streamed=True)  # a decoder holds three times the bytes of a tar's member
 
 
 def read_videos(source: Videos, files: tuple[InputFile, ...]) -> Iterator[MediaItem | Rejection]:
@@ -35,11 +36,11 @@ def read_videos(source: Videos, files: tuple[InputFile, ...]) -> Iterator[MediaI
         if isinstance(sample, Rejection):
             yield sample
             continue
-        name = sample.name if kind == "tar" else posixpath.splitext(sample.name)[0]
+        name = posixpath.basename(sample.name) if kind == "tar" else ""  # a person may call a file anything
         try:
             clips = list(read_clips(sample.key, name, sample.fields, source.clips))
-        except UnicodeDecodeError as error:
-            clips = [Rejection(sample.key, "not UTF-8", f"a field: {error}")]
+        except UnreadableField as error:
+            clips = [Rejection(sample.key, *error.args)]
         for clip in clips:
             if isinstance(clip, Rejection):
                 yield clip
@@ -81,5 +82,5 @@ def _read_row(source: Videos, key: str, video: InputFile, row: ListRow) -> Media
         if isinstance(data, Rejection):
             return data
         return admit(source, key, data, row.fields, clip.start, clip.end)
-    except UnicodeDecodeError as error:
-        return Rejection(key, "not UTF-8", f"a field: {error}")
+    except UnreadableField as error:
+        return Rejection(key, *error.args)

@@ -4,8 +4,9 @@
     answers    {"frames": n, "last": false} + n frames' bytes, ... {"frames": n, "last": true} + bytes
                or {"failure": [reason, detail]}                                        (JSON: it trusts not us)
 
-The time limit is a timer of the kernel that ends the process, wherever it hangs; it stands still while an answer
-waits to be taken.
+The time limit is a timer of the kernel that ends the process, wherever it is. It counts the processor's time, so that
+a busy machine refuses no file that an idle one takes; a second one, far longer, counts real time, for what hangs. That
+one stands still while an answer waits to be taken.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from lwm_data.vision.frames import FRAME, Decoder, decode_image, decode_video
 
 CHUNK = 64  # frames in one answer: 12.6 MB
 MAX_DETAIL = 2000  # characters
+TIMERS = (signal.SIGPROF, signal.SIGALRM)  # that end the process: of the processor's time, of real time
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,24 @@ class VideoRequest:
     min_size: int = 0
 
 
-def serve(channel: int, lifeline: int, seconds_per_item: float, max_memory: int) -> None:
+def serve(channel: int, lifeline: int, seconds_per_item: float, hung_after: float, max_memory: int) -> None:
     """Answer requests from the descriptor `channel` until it closes; end at once when `lifeline` closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    for number in TIMERS:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TIMERS)
     threading.Thread(target=_die_with_parent, args=(lifeline,), daemon=True).start()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (max_memory, max_memory))
-    client = _Client(Connection(channel), seconds_per_item)
+    client = _Client(Connection(channel), seconds_per_item, hung_after)
     client.send({"ready": True})
     # Decoders write what they think of a file to the terminal.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    while (request := client.receive()) is not None:
+    while True:
         try:
+            request = client.receive()
+            if request is None:
+                return
             client.answer(request)
         except MemoryError:
             client.send({"failure": ["out of memory", f"needs more than {max_memory:,} bytes"]})
@@ -84,9 +90,10 @@ def serve(channel: int, lifeline: int, seconds_per_item: float, max_memory: int)
 class _Client:
     """The parent, as seen from here. Time is counted from a request to its last answer, but not while sending."""
 
-    def __init__(self, connection: Connection, seconds: float) -> None:
+    def __init__(self, connection: Connection, seconds: float, hung_after: float) -> None:
         self._connection = connection
         self._seconds = seconds
+        self._hung_after = hung_after
         self._frames = np.empty((CHUNK, FRAME, FRAME, 3), np.uint8)
 
     def receive(self) -> Any:
@@ -94,7 +101,8 @@ class _Client:
             request = self._connection.recv()
         except (EOFError, OSError):
             return None
-        signal.setitimer(signal.ITIMER_REAL, self._seconds)
+        signal.setitimer(signal.ITIMER_PROF, self._seconds)
+        signal.setitimer(signal.ITIMER_REAL, self._hung_after)
         return request
 
     def send(self, header: dict[str, Any], frames: UInt8[np.ndarray, "n 256 256 3"] | None = None) -> None:
@@ -102,7 +110,9 @@ class _Client:
         self._connection.send_bytes(json.dumps(header).encode())
         if frames is not None:
             self._connection.send_bytes(frames.data.cast("B"))
-        if not header.get("last", True):
+        if header.get("last", True):
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        else:
             signal.setitimer(signal.ITIMER_REAL, left)
 
     def answer(self, request: ImageRequest | VideoRequest) -> None:

@@ -1,7 +1,8 @@
 """Decoding in processes of its own: a hostile file can neither crash nor hang a build, and cores decode side by side.
 
     requests   r0  r1  r2 ...                       taken a few ahead, by a thread of ours
-    processes  [r0] [r1]                            one request at a time; ended at the time or memory limit, replaced
+    processes  [r0] [r1]                            one request at a time; ended at the time or memory limit, replaced;
+                                                    one that somebody killed is replaced and asked again, once
     results    r0: Chunk Chunk Chunk(last)  r1: Chunk Failure  r2: Chunk(last) ...
                                                     in the requests' order, whoever was faster
 
@@ -36,6 +37,10 @@ from lwm_data.vision.square import FRAME
 ITEMS_AHEAD = 16  # requests per process whose results may be there before their turn
 READY_FRAMES = 4 * CHUNK  # whose turn it is, waiting for the caller
 MAX_HEADER = 1 << 16  # bytes
+KILLED = (
+    "a decoder process was killed, twice at the same file (exit code -9, which often means out of memory); run again "
+    "with fewer --workers, finished work is kept"
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,9 @@ class Failure:
 class DecodePool:
     """with DecodePool(2) as pool: for result in pool.decode(requests): ...
 
-    seconds_per_item: of work on one image or video. max_memory: address space of a process, bytes. frames_ahead: that
-    may wait for their turn, of 196,608 bytes each; several long videos are decoded side by side only as far as that.
+    seconds_per_item: of a processor's work on one image or video. hung_after: seconds of any kind; by default ten times
+    as many. max_memory: address space of a process, bytes. frames_ahead: that may wait for their turn, of 196,608 bytes
+    each; several long videos are decoded side by side only as far as that.
     """
 
     def __init__(
@@ -71,11 +77,12 @@ class DecodePool:
         num_processes: int,
         *,
         seconds_per_item: float = 300.0,
+        hung_after: float | None = None,
         max_memory: int = 4 << 30,
         frames_ahead: int = 1024,
     ) -> None:
         self._num_processes = num_processes
-        self._limits = seconds_per_item, max_memory
+        self._limits = seconds_per_item, hung_after or 10 * seconds_per_item, max_memory
         self._frames_ahead = frames_ahead
         self._children: list[_Child] = []
         self._running = threading.Lock()  # decode
@@ -92,7 +99,8 @@ class DecodePool:
     def decode(self, requests: Iterable[ImageRequest | VideoRequest]) -> Iterator[Chunk | Failure]:
         """In the requests' order; each is zero or more chunks, then one with `last`, or a Failure.
 
-        `requests` is drawn from another thread. Its errors come out here. One call at a time.
+        `requests` is drawn from another thread. Its errors come out here. One call at a time. OSError where processes
+        are killed from outside, as by a system that runs out of memory: that tells nothing of the file.
         """
         if not self._running.acquire(blocking=False):
             raise RuntimeError("a DecodePool decodes one list of requests at a time")
@@ -145,9 +153,7 @@ class DecodePool:
                 number, request = next(todo, (0, None))
                 if request is None:
                     break
-                while not child.ask(number, request):  # it died while it was idle
-                    child = self._new_child()
-                items.append(_Item(child))
+                items.append(_Item(number, request, self._asked(child, number, request)))
             if not items:
                 return
             if items[0].results:
@@ -160,7 +166,21 @@ class DecodePool:
             for item in self._readable(items, waiting + CHUNK > self._frames_ahead):
                 if self._stopped.is_set():
                     return
-                item.add(item.child.receive())
+                try:
+                    item.add(item.child.receive())
+                except _Killed:
+                    if self._stopped.is_set():  # it was us
+                        return
+                    if item.is_second:
+                        raise OSError(KILLED) from None
+                    assert item.request is not None, "it was at work on it"
+                    item.ask_again(self._asked(self._new_child(), item.number, item.request))
+
+    def _asked(self, child: _Child, number: int, request: ImageRequest | VideoRequest) -> _Child:
+        """The process that now works on the request: `child`, or another one where that died while it was idle."""
+        while not child.ask(number, request):
+            child = self._new_child()
+        return child
 
     def _readable(self, items: deque[_Item], is_full: bool) -> list[_Item]:
         """Items that can go on; waits until there is one. Where memory is full, only the one whose turn it is."""
@@ -179,16 +199,37 @@ class DecodePool:
         return self._children[-1]
 
 
+class _Killed(Exception):
+    """A process was killed; of what it was at work on, that tells nothing."""
+
+
 @dataclass
 class _Item:
+    """Request number `number` while its results are awaited. request: None once all have come."""
+
+    number: int
+    request: ImageRequest | VideoRequest | None
     child: _Child
     results: deque[Chunk | Failure] = field(default_factory=deque)
-    finished: bool = False
+    num_chunks: int = 0  # that came
+    num_again: int = 0  # that came, and will come again, from a second process
+    is_second: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.request is None
+
+    def ask_again(self, child: _Child) -> None:
+        self.child, self.num_again, self.is_second = child, self.num_chunks, True
 
     def add(self, result: Chunk | Failure | None) -> None:
-        if result is not None:
+        if isinstance(result, Chunk) and self.num_again:
+            self.num_again -= 1
+        elif result is not None:
             self.results.append(result)
-            self.finished = isinstance(result, Failure) or result.last
+            self.num_chunks += 1
+            if isinstance(result, Failure) or result.last:
+                self.request = None
 
 
 def _num_frames(result: Chunk | Failure) -> int:
@@ -198,10 +239,10 @@ def _num_frames(result: Chunk | Failure) -> int:
 class _Child:
     """A process that runs decode_child.serve, by subprocess: a worker of multiprocessing may have no children."""
 
-    def __init__(self, seconds_per_item: float, max_memory: int) -> None:
+    def __init__(self, seconds_per_item: float, hung_after: float, max_memory: int) -> None:
         ours, theirs = socket.socketpair()
         watched, self._lifeline = os.pipe()
-        arguments = theirs.fileno(), watched, seconds_per_item, max_memory
+        arguments = theirs.fileno(), watched, seconds_per_item, hung_after, max_memory
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from lwm_data.vision.decode_child import serve; serve{arguments}"],
             stdin=subprocess.DEVNULL,
@@ -215,7 +256,10 @@ class _Child:
         self.channel = Connection(ours.detach())
         self.item: int | None = None  # that it works on
         self.ended = False
-        self._seconds = seconds_per_item
+        self._timed_out = {
+            -signal.SIGPROF: f"takes more than {seconds_per_item:g} s of a processor",
+            -signal.SIGALRM: f"hangs: not decoded within {hung_after:g} s",
+        }
         self._ready = False
 
     def ask(self, item: int, request: ImageRequest | VideoRequest) -> bool:
@@ -223,13 +267,18 @@ class _Child:
         try:
             self.channel.send(request)
         except OSError:
-            self.end()
-            return False
+            if self._ready:
+                self.end()
+                return False
+            # It could not start, or has not the memory to read the request: `receive` tells.
         self.item = item
         return True
 
     def receive(self) -> Chunk | Failure | None:
-        """Its next answer, None if it only says that it is there. Waits; a child that died gives a Failure."""
+        """Its next answer, None if it only says that it is there. Waits; a child that died gives a Failure.
+
+        _Killed where it did not die of itself.
+        """
         assert self.item is not None
         item = self.item
         try:
@@ -244,7 +293,8 @@ class _Child:
                 self.item = None
                 if reason == "out of memory":
                     self.end()
-                return Failure(item, str(reason), str(detail))
+                # JSON can spell half of a surrogate pair, and what is kept is UTF-8.
+                return Failure(item, str(reason), str(detail).encode("utf-8", "backslashreplace").decode())
             frames = np.empty((min(int(header["frames"]), CHUNK), FRAME, FRAME, 3), np.uint8)
             self.channel.recv_bytes_into(frames.data.cast("B"))
             if header["last"]:
@@ -260,10 +310,12 @@ class _Child:
         assert self.item is not None
         code = self._process.wait()
         self.end()
+        if code == -signal.SIGKILL:
+            raise _Killed
         if not self._ready:
             raise RuntimeError(f"a decoder process did not start (exit code {code}); its message is above")
-        if code == -signal.SIGALRM:
-            return Failure(self.item, "timed out", f"not decoded within {self._seconds:g} s")
+        if code in self._timed_out:
+            return Failure(self.item, "timed out", self._timed_out[code])
         return Failure(self.item, "decoder crashed", f"exit code {code}")
 
     def kill(self) -> None:

@@ -99,14 +99,13 @@ def read_codes_file(path: Path) -> Int32[np.ndarray, "n 256"]:
         raise ValueError(f"{path}: {path.stat().st_size:,} bytes; wanted at most {MAX_CODES_FILE:,}")
     try:
         is_json = path.suffix == ".json"
-        codes = np.array(json.loads(path.read_bytes())) if is_json else np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError, RecursionError) as error:
+        # A map is as long as the file, whatever its header claims.
+        codes = np.array(json.loads(path.read_bytes())) if is_json else np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, OverflowError, OSError, RecursionError) as error:
         raise ValueError(f"{path}: not codes: {error}; wanted what `lwm-data vision encode` writes") from None
-    if not isinstance(codes, np.ndarray):
-        raise ValueError(f"{path}: an archive of arrays; wanted one array of codes")
     if codes.dtype.kind not in "iu" or codes.ndim != 2 or codes.shape[1] != CODES_PER_FRAME or not len(codes):
         got = f"{codes.dtype}{list(codes.shape)}"
         raise ValueError(f"{path}: got {got}; wanted integers [frames, {CODES_PER_FRAME}], one or more frames")
     if codes.min() < 0 or codes.max() >= EOF:
         raise ValueError(f"{path}: got codes from {codes.min()} to {codes.max()}; wanted 0 to {EOF - 1}")
-    return codes.astype(np.int32)
+    return np.array(codes, np.int32)

@@ -144,6 +144,8 @@ def frames_by_decord(
         starts = np.asarray(reader.get_frame_timestamp(np.arange(len(reader))))[:, 0].astype(np.float64)
     except (decord.DECORDError, RuntimeError, IndexError) as error:
         raise ValueError("unsupported", f"by decord: {_message(error)}; decoder: pyav may") from None
+    except UnicodeEncodeError:
+        raise ValueError("unsupported", "by decord: a path that is not UTF-8; decoder: pyav may") from None
     if not np.all(np.isfinite(starts)) or np.any(np.diff(starts) <= 0):
         raise ValueError("no time stamps", "decord reads none that ascend; decoder: pyav may")
     if len(starts) < len(clip.pts):

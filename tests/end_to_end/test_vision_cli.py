@@ -117,6 +117,7 @@ def test_wrong_names_and_another_tokenizers_codes_are_refused(
 ) -> None:
     options = ("--tokenizer", spec)
     assert "no such file" in refusal(capsys, "vision", "encode", tmp_path / "none.png", *options)
+    assert "a folder; wanted a picture or a clip" in refusal(capsys, "vision", "encode", tmp_path, *options)
     np.save(tmp_path / "high.npy", np.full((1, 256), 600, np.int32))
     decode = ("vision", "decode", tmp_path / "high.npy", *options, "--out")
     assert "is the tokenizer" not in refusal(capsys, *decode, tmp_path / "a.bmp")
@@ -204,6 +205,7 @@ def test_show_writes_a_rows_pictures_and_lists_them(
             np.asarray(picture), tokenizer.decode(np.arange(256, dtype=np.int32)[np.newaxis])[0]
         )
     assert "1 picture written" in output(capsys, "show", dataset.url, 1, "--png", tmp_path / "b")
+    assert "row 0 has no picture or video" in output(capsys, "show", dataset.url, 0, "--png", tmp_path / "c")
     assert "wanted a ROW" in refusal(capsys, "show", dataset.url, "--png", tmp_path / "c")
 
 

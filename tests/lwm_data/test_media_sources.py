@@ -22,7 +22,7 @@ from lwm_data.format.vocab import EOV, TextTokenizer
 from lwm_data.manifest_sources import Images
 from lwm_data.sources.fields import Fields
 from lwm_data.sources.files import InputFile, find_files
-from lwm_data.sources.images import read_images
+from lwm_data.sources.images import PICTURE, read_images
 from lwm_data.sources.key_index import RECENT, KeyedRows, SeenKeys
 from lwm_data.sources.media import MediaItem, admit, group_files, is_text_first, media_runs
 from lwm_data.sources.record import Rejection
@@ -167,6 +167,10 @@ def _link(name: str, target: str) -> tarfile.TarInfo:
         ({"a.jpg": b"p", "a.txt": _link("a.txt", "../b")}, [("a", "not a plain file")]),
         ({"../a.jpg": b"p", "../a.txt": b"A", "b.jpg": b"p", "b.txt": b"B"}, [("../a", "unsafe name"), ("b", "B")]),
         ({"/a.jpg": b"p", "/a.txt": b"A"}, [("/a", "unsafe name")]),
+        (
+            {"a.jpg": b"p", "a.txt": b"A", "a.json": b'{"width": 1' + b"0" * 4000 + b', "height": 9}'},
+            [("a", "A")],
+        ),  # a number that no float holds
         ({}, []),
     ],
 )
@@ -218,6 +222,7 @@ def test_pictures_in_parquet_are_taken_as_img2dataset_writes_them(tmp_path: Path
         {"key": "08", "jpg": None, "txt": None, "status": "failed_to_download", "punsafe": 0.1},  # none to be had
         {"key": "09", "jpg": None, "txt": "C", "status": "success", "punsafe": 0.1},
         {"key": "07", "jpg": b"p", "txt": "D", "status": "success", "punsafe": 0.1},
+        {"key": "08", "jpg": None, "txt": "C", "status": "queued", "punsafe": 0.1},  # another's field of this name
         {"key": "10", "jpg": b"q", "txt": "E", "status": "success", "punsafe": 0.9},
         {"key": "11", "jpg": b"q", "txt": "F", "status": "success", "punsafe": None},
     ]
@@ -227,6 +232,7 @@ def test_pictures_in_parquet_are_taken_as_img2dataset_writes_them(tmp_path: Path
         ("0.parquet/07", "A"),
         ("0.parquet/09", "no picture"),
         ("0.parquet/07", "duplicate key"),
+        ("0.parquet/08", "no picture"),
         ("0.parquet/10", "filtered: where"),
         ("0.parquet/11", "missing field"),
     ]
@@ -273,6 +279,62 @@ def test_damage_of_a_file_of_rows_is_told_after_what_is_whole(tmp_path: Path, en
         assert told[-1][1] == "damaged" or told == whole  # a stream without its end mark is whole
 
 
+@pytest.mark.parametrize("ending", ["arrow", "parquet"])
+def test_two_columns_of_one_name_are_told_where_one_of_them_is_asked_for(tmp_path: Path, ending: str) -> None:
+    def told(names: list[str], **keys: Any) -> list[tuple[str, str]]:
+        table = pa.table([pa.array([b"p"]), pa.array(["A"]), pa.array([7]), pa.array([8])], names=names)
+        path = tmp_path / f"a.{ending}"
+        if ending == "parquet":
+            pq.write_table(table, path)
+        else:
+            path.write_bytes(_arrow(table, is_stream=True))
+        return _told(_all(_source(path, **keys)))
+
+    assert told(["jpg", "caption", "n", "n"]) == [(f"a.{ending}/0", "A")]
+    assert told(["jpg", "caption", "n", "n"], where="n > 1") == [(f"a.{ending}/0", "wrong field")]
+    assert told(["jpg", "caption", "n", "caption"]) == [(f"a.{ending}/0", "wrong field")]
+    assert told(["jpg", "caption", "key", "key"]) == [(f"a.{ending}/0", "wrong field")]
+
+
+def test_two_columns_of_pictures_of_one_name_are_no_pictures(tmp_path: Path) -> None:
+    table = pa.table([pa.array([b"p"]), pa.array([b"q"]), pa.array(["A"])], names=["jpg", "jpg", "caption"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert _told(_all(_source(tmp_path / "*.parquet"))) == [("a.parquet", "no picture")]
+
+
+def test_names_of_columns_that_are_not_utf_8_are_damage(tmp_path: Path) -> None:
+    data = _arrow(pa.table({"jpg": [b"p"], "caption": ["A"], "abcd": [1]}), is_stream=True)
+    (tmp_path / "a.arrow").write_bytes(data.replace(b"abcd", b"\xff\xfecd"))
+    assert _told(_all(_source(tmp_path / "*.arrow"))) == [("a.arrow:0", "damaged")]
+    _write_tar(tmp_path / "0.tar", {"a.jpg": b"p", "b.jpg": b"p", "b.txt": b"B"})
+    pq.write_table(pa.table({"key": ["a"], "caption": ["A"], "abcd": [1]}), tmp_path / "0.parquet", store_schema=False)
+    (tmp_path / "0.parquet").write_bytes((tmp_path / "0.parquet").read_bytes().replace(b"abcd", b"\xff\xfecd"))
+    assert _told(_all(_source(tmp_path / "*.tar"))) == [
+        ("0.tar/a", "no caption"),
+        ("0.tar/b", "B"),
+        ("0.parquet", "damaged"),
+    ]
+
+
+FAR = [
+    pa.array([10**13, 0], pa.timestamp("s")),
+    pa.array([10**9, 0], pa.date32()),
+    pa.array([10**18, 0], pa.duration("s")),
+]
+
+
+@pytest.mark.parametrize("column", FAR, ids=lambda column: str(column.type))
+def test_a_value_that_python_has_none_of_costs_one_record(tmp_path: Path, column: pa.Array) -> None:
+    rows = {"key": ["a", "b"], "jpg": [b"p", b"p"], "caption": ["A", "B"], "day": column}
+    pq.write_table(pa.table(rows), tmp_path / "0.parquet")
+    told = [("a", "wrong field"), ("b", "B")]
+    items = _all(_source(tmp_path / "*.parquet", where="day == day"))
+    assert _told(items) == [(f"0.parquet/{key}", what) for key, what in told]
+    assert isinstance(items[0], Rejection) and items[0].detail.startswith("day: ")
+    _write_tar(tmp_path / "0.tar", {"a.jpg": b"p", "b.jpg": b"p"})
+    assert _told(_all(_source(tmp_path / "*.tar", where="day == day"))) == [(f"0.tar/{k}", what) for k, what in told]
+
+
 def test_rows_without_pictures_are_told_once_for_the_file(tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": ["a", "b"], "caption": ["A", "B"]}), tmp_path / "a.parquet")
     (item,) = _all(_source(tmp_path / "*.parquet"))
@@ -312,6 +374,33 @@ def test_loose_pictures_take_what_lies_beside_them_once(tmp_path: Path) -> None:
     assert sorted(key.rsplit("/")[-1] for key, _ in _told(by_name)) == sorted(k.rsplit("/")[-1] for k, _ in pictures)
     sized = {item.key: item for item in _all(_source(tmp_path / "**", min_size=200)) if isinstance(item, MediaItem)}
     assert list(sized) == ["sub/IMG.1.jpeg"]
+
+
+def test_endings_of_any_case_belong_to_their_picture(tmp_path: Path) -> None:
+    for name, content in {
+        "UP.JPG": b"p",
+        "UP.TXT": b"Loud.",
+        "UP.Json": b'{"width": 300, "height": 300}',
+        "both.png": b"q",
+        "both.TXT": b"No.",
+        "both.txt": b"Yes.",
+        "new.avif": b"r",
+        "new.txt": b"New.",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    told = [("UP.JPG", "Loud."), ("both.png", "Yes."), ("new.avif", "New.")]
+    items = _all(_source(tmp_path / "*", min_size=200))
+    assert sorted(_told(items)) == told
+    assert [item.min_size for item in items if isinstance(item, MediaItem) and item.key == "UP.JPG"] == [0]
+    assert [told for kind in ("JPG", "png", "avif") for told in _told(_all(_source(tmp_path / f"*.{kind}")))] == told
+
+
+def test_a_loose_picture_is_bounded_before_it_is_read(tmp_path: Path) -> None:
+    for name, size in (("a", PICTURE.max_bytes + 1), ("b", PICTURE.max_bytes)):
+        (tmp_path / f"{name}.txt").write_text(name)
+        with (tmp_path / f"{name}.jpg").open("wb") as file:
+            file.truncate(size)  # a hole, of no bytes on the disk
+    assert _told(_all(_source(tmp_path / "*.jpg"))) == [("a.jpg", "too large"), ("b.jpg", "b")]
 
 
 def test_a_size_that_nobody_noted_is_left_to_decoding(tmp_path: Path) -> None:

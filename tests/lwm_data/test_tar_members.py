@@ -122,6 +122,15 @@ def test_a_name_cannot_ask_for_memory() -> None:
     assert problem is not None and "a name of 1,048,576 bytes" in problem
 
 
+@pytest.mark.parametrize("digits", [21, 5000])
+def test_a_size_of_any_number_of_digits_is_damage(digits: int) -> None:
+    member = tarfile.TarInfo("b.jpg")
+    member.pax_headers = {"size": "9" * digits}
+    members, problem = _read(_tar([("a.jpg", b"a"), (member, b"b")], tarfile.PAX_FORMAT))
+    assert [member.data for member in members] == [b"a"]
+    assert problem == f"a pax header with a size of {digits:,} digits"
+
+
 def test_a_second_archive_after_the_end_is_told() -> None:
     one = _tar([("a.jpg", b"a")])
     members, problem = _read(one + one)

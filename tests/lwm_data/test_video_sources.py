@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import tarfile
 from collections import Counter
@@ -119,6 +120,12 @@ def test_what_video2dataset_has_cut_is_not_cut_again(tmp_path: Path) -> None:
     tar = _write_tar(tmp_path / "0.tar", {"000_00003.mp4": b"v", "000_00003.json": cut})
     assert _told(_all(_source(tar))) == [("0.tar/000_00003", "Cut.", None, None)]
     assert _told(_all(_source(tar, clips=True))) == [("0.tar/000_00003:0000", "Cut.", 10, 15)]
+    # What a person calls a file says nothing.
+    named = _write_tar(tmp_path / "1.tar", {"holiday_2023.mp4": b"v", "holiday_2023.json": cut})
+    assert _told(_all(_source(named))) == [("1.tar/holiday_2023:0000", "Cut.", 10, 15)]
+    _touch(tmp_path, "20230101_123456.mp4")
+    (tmp_path / "20230101_123456.json").write_bytes(cut)
+    assert _told(_all(_source(tmp_path / "*.mp4"))) == [("20230101_123456.mp4:0000", "Cut.", 10, 15)]
 
 
 @given(start=st.floats(allow_nan=True), end=st.floats(allow_nan=True))
@@ -298,6 +305,13 @@ def test_a_csv_that_breaks_off_is_told_and_so_are_its_bad_rows(tmp_path: Path) -
         ("l.csv:6", "not UTF-8"),
         ("l.csv:8", "damaged"),
     ]
+    (tmp_path / "l.csv").write_bytes(b"path,caption\n1.mp4," + b"A" * 500_000 + b"\n1.mp4,B\n")
+    usual = csv.field_size_limit()
+    assert _told(_all(_source(tmp_path / "l.csv"))) == [
+        ("l.csv/1.mp4:0000", "caption too long"),
+        ("l.csv/1.mp4:0001", "B", None, None),
+    ]
+    assert csv.field_size_limit() == usual
     (tmp_path / "l.csv").write_bytes(b"path,caption\n1.mp4," + b"A" * (2 << 20))
     assert _told(_all(_source(tmp_path / "l.csv"))) == [("l.csv:1", "damaged")]
 

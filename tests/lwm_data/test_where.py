@@ -41,7 +41,8 @@ def _comparisons(draw: st.DrawFn) -> str:
     text = draw(ATOMS | TUPLES | LISTS)
     for _ in range(draw(st.integers(1, 3))):
         operator = draw(OPERATORS)
-        text = f"{text} {operator} {draw(ATOMS | TUPLES | LISTS)}"
+        right = TUPLES | LISTS | st.sampled_from(NAMES)
+        text = f"{text} {operator} {draw(right if operator.endswith('in') else ATOMS | right)}"
     return text
 
 
@@ -77,7 +78,7 @@ def _ours(text: str, fields: Mapping[str, Any]) -> Any:
 @given(text=CONDITIONS, fields=FIELDS)
 @example("width < 3 == True", {name: 1 for name in NAMES})
 @example("not width in (1, 2) and width not in [3]", {name: 1 for name in NAMES})
-@example("caption in 'a CC0 b' or LICENCE == 'CC0'", {name: "CC0" for name in NAMES})
+@example("caption in ('a CC0 b',) or LICENCE == 'CC0'", {name: "CC0" for name in NAMES})
 @example("width != width", {name: float("nan") for name in NAMES})
 @example("width < 3 < caption", {name: 5 for name in NAMES} | {"caption": "a"})  # never compares 3 with "a"
 def test_a_condition_means_what_python_means(text: str, fields: dict[str, Any]) -> None:
@@ -182,6 +183,10 @@ def test_a_name_of_pythons_own_is_a_field_like_any_other() -> None:
         "caption == None",
         "caption == ...",
         "caption is True",
+        "caption in ('image')",
+        "caption not in 'image'",
+        "caption in 3",
+        "caption != '' in 'image'",
         "caption is not None",
         "(*width, 3) == 3",
         "width",
@@ -257,5 +262,7 @@ def test_the_message_shows_what_was_got_and_what_is_wanted() -> None:
         parse_where("width <")
     with pytest.raises(ValueError, match=r"a field, a number or a string \(got 'width \+ 1'\)"):
         parse_where("width + 1 < 3")
+    with pytest.raises(ValueError, match=r"a list after in, as \('a b',\) \(got \"caption in 'a b'\"\)"):
+        parse_where("caption in ('a b')")
     with pytest.raises(ValueError, match=r"one of < <= > >= == != in, not in \(got 'width is 3'\)"):
         parse_where("width is 3")

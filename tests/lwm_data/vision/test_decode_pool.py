@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -11,13 +12,14 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lwm_data.vision.decode_pool import CHUNK, Chunk, DecodePool, Failure, ImageRequest, VideoRequest
+from lwm_data.vision.decode_pool import CHUNK, Chunk, DecodePool, Failure, ImageRequest, VideoRequest, _Child
 from lwm_data.vision.frames import decode_image, decode_video
 from tests.lwm_data.vision.videos import number_of, write_audio, write_video
 
@@ -104,9 +106,22 @@ def test_results_are_those_of_decoding_here_in_the_order_asked(num_processes: in
 
 def test_what_hangs_is_timed_out_and_the_rest_is_decoded(silent: str) -> None:
     requests = [ImageRequest(PHOTO), VideoRequest(silent, 4.0), ImageRequest(PHOTO), VideoRequest(silent, 4.0)]
-    with DecodePool(1, seconds_per_item=3.0) as pool:
+    with DecodePool(1, hung_after=3.0) as pool:
         results = [outcome(result) for result in pool.decode([*requests, ImageRequest(PHOTO)])]
     assert results == [(0, "decoded"), (1, "timed out"), (2, "decoded"), (3, "timed out"), (4, "decoded")]
+
+
+def test_a_file_has_a_processor_s_time_however_much_else_the_machine_does() -> None:
+    """A process that is stopped for longer than its limit has used none of it; one that works on and on has."""
+    long = VideoRequest(write_video([0, 33, 66]), 1e6, max_frames=10**6)
+    with DecodePool(1, seconds_per_item=1.0, hung_after=1000.0) as pool:
+        assert [outcome(result) for result in pool.decode([ImageRequest(PHOTO)])] == [(0, "decoded")]
+        (child,) = decoders(os.getpid())
+        os.kill(child, signal.SIGSTOP)
+        threading.Timer(2.0, os.kill, (child, signal.SIGCONT)).start()
+        assert [outcome(result) for result in pool.decode([ImageRequest(PHOTO)])] == [(0, "decoded")]
+        *_, last = pool.decode([long])
+    assert last == Failure(0, "timed out", "takes more than 1 s of a processor")
 
 
 def test_a_file_that_makes_decord_fault_costs_one_item() -> None:
@@ -120,8 +135,7 @@ def test_a_file_that_makes_decord_fault_costs_one_item() -> None:
     assert [outcome(result) for result in results[1:]] == [(1, "decoded"), (2, "decoded")]  # by PyAV
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_what_crashes_the_decoder_is_reported_and_the_rest_is_decoded(silent: str, number: signal.Signals) -> None:
+def test_what_crashes_the_decoder_is_reported_and_the_rest_is_decoded(silent: str) -> None:
     with DecodePool(1) as pool:
         assert [outcome(result) for result in pool.decode([ImageRequest(PHOTO)])] == [(0, "decoded")]
         (child,) = decoders(os.getpid())
@@ -130,10 +144,67 @@ def test_what_crashes_the_decoder_is_reported_and_the_rest_is_decoded(silent: st
         thread = threading.Thread(target=lambda: results.extend(map(outcome, pool.decode(requests))))
         thread.start()
         writer = os.open(silent, os.O_WRONLY)  # waits until the process reads
-        os.kill(child, number)
+        os.kill(child, signal.SIGSEGV)
         thread.join()
         os.close(writer)
     assert results == [(0, "decoder crashed"), (1, "decoded")]
+
+
+def test_a_file_whose_process_was_killed_is_decoded_again() -> None:
+    video = VideoRequest(write_video([0, 33, 66]), 9000.0)  # 891 frames: more than may wait
+    with DecodePool(1, frames_ahead=CHUNK) as pool:
+        whole = [number_of(frame) for chunk in pool.decode([video]) for frame in chunk.frames]  # type: ignore[union-attr]
+        (child,) = decoders(os.getpid())
+        results = pool.decode([video, ImageRequest(PHOTO)])
+        chunks = [next(results) for _ in range(2)]
+        os.kill(child, signal.SIGKILL)
+        chunks += results
+    *of_video, of_photo = chunks
+    assert len(whole) > 800 and outcome(of_photo) == (1, "decoded") and {chunk.item for chunk in of_video} == {0}
+    assert [number_of(frame) for chunk in of_video for frame in chunk.frames] == whole  # type: ignore[union-attr]
+
+
+def test_a_second_kill_ends_the_run_and_tells_nothing_of_the_file(silent: str) -> None:
+    with DecodePool(1) as pool:
+        errors: list[BaseException] = []
+
+        def decode() -> None:
+            try:
+                list(pool.decode([VideoRequest(silent, 4.0)]))
+            except OSError as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=decode)
+        thread.start()
+        killed: set[int] = set()
+        for _ in range(2):
+            until(lambda: bool(set(decoders(os.getpid())) - killed))
+            (child,) = set(decoders(os.getpid())) - killed
+            writer = os.open(silent, os.O_WRONLY)  # waits until the process reads
+            os.kill(child, signal.SIGKILL)
+            os.close(writer)
+            killed.add(child)
+        thread.join()
+    assert len(errors) == 1 and "was killed, twice" in str(errors[0])
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_file_too_large_to_be_handed_over_costs_one_item(warm: bool) -> None:
+    first = [ImageRequest(PHOTO)] if warm else []
+    with DecodePool(1, max_memory=700 << 20) as pool:
+        results = list(map(outcome, pool.decode([*first, VideoRequest(bytes(400 << 20), 4.0), ImageRequest(PHOTO)])))
+    assert [reason for _, reason in results] == ["decoded"] * warm + ["out of memory", "decoded"]
+
+
+def test_what_a_decoder_says_is_kept_as_utf_8() -> None:
+    child = _Child(1.0, 1.0, 1 << 30)
+    child.channel.close()
+    child.channel, theirs = Pipe()
+    theirs.send_bytes(json.dumps({"failure": ["damaged", "a tag: \ud800"]}).encode())
+    child.item = 0
+    result = child.receive()
+    child.end()
+    assert result == Failure(0, "damaged", r"a tag: \ud800")
 
 
 def test_what_needs_too_much_memory_is_reported_and_the_rest_is_decoded() -> None:

@@ -173,11 +173,22 @@ def test_codes_come_back_from_their_file(tmp_path: Path, name: str) -> None:
     np.testing.assert_array_equal(read_codes_file(tmp_path / name), codes, strict=True)
 
 
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
         ("a.npy", b"\x80\x04\x95.", "not codes"),
         ("a.npy", b"", "not codes"),
+        ("a.npy", b"PK\x03\x04 an archive of nothing", "not codes"),
+        ("a.npy", npy_header((2**42, 256)), "not codes"),  # of 1 PiB
+        ("a.npy", npy_header((2**70, 256)), "not codes"),
+        ("a.npy", npy_header((-1, 256)), "not codes"),
+        ("a.npy", npy_header((0, 256)), "wanted integers"),
         ("a.json", b"{broken", "not codes"),
         ("a.json", b"[[1, 2], [3]]", "not codes"),
         ("a.json", b"{}", "wanted integers"),
@@ -196,7 +207,7 @@ def test_a_file_without_codes_is_refused(tmp_path: Path, name: str, data: bytes,
 
 def test_a_pickle_in_an_npy_file_is_not_loaded(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([{"a": 1}], object), allow_pickle=True)
-    with pytest.raises(ValueError, match="not codes: Object arrays cannot be loaded"):
+    with pytest.raises(ValueError, match=r"not codes: .*Python objects in dtype"):
         read_codes_file(tmp_path / "a.npy")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import os
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,17 @@ def test_pyav_tells_of_frames_that_are_damaged() -> None:
 def test_a_file_that_is_not_there_is_unreadable(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unreadable"):
         list(decode_video(tmp_path / "none.mp4", fps=4, max_frames=None))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_path_that_is_not_utf_8_is_read_or_said_to_be_unsupported(tmp_path: Path, decoder: Decoder) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.mp4")
+    path.write_bytes(BOTTLES)
+    if decoder == "pyav":
+        assert len(list(decode_video(path, fps=1, max_frames=2))) == 2
+    else:
+        with pytest.raises(ValueError, match="unsupported"):
+            list(decode_video(path, fps=1, max_frames=2, decoder=decoder))
 
 
 def test_a_clip_after_the_end_is_refused() -> None:
