@@ -50,7 +50,7 @@ $(STAMP): requirements.lock pyproject.toml
 
 # Every command below can be typed alone, and does only what is missing.
 demo: setup
-	@echo "== 1/4 build: novels, chats and needles to packed rows"
+	@echo "== 1/4 build: novels, chats, needles, photographs and clips to packed rows"
 	@for rows in short medium dataset heldout; do $(BIN)/lwm-data build manifests/demo/$$rows.yaml --workers 2 || exit; done
 	@$(BIN)/lwm-data check runs/demo/dataset
 	@echo "== 2/4 train: three stages, the last with ring attention over 4 simulated devices"

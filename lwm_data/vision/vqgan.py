@@ -27,9 +27,11 @@ import numpy as np
 import torch
 from jaxtyping import Int32, UInt8
 from safetensors import SafetensorError, safe_open
+from taming.modules.diffusionmodules import model as taming
 from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import VectorQuantizer2
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 from lwm_data.vision.spec import (
     VisionTokenizerSpec,
@@ -73,6 +75,18 @@ def _rows(channels_last_BCHW: Tensor) -> Tensor:
     return channels_last_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+class ResnetBlock(taming.ResnetBlock):  # type: ignore[misc]  # taming has no types
+    """taming's block with SiLU in one pass over memory in place of two, and in place where nothing is learned."""
+
+    def forward(self, x: Tensor, temb: None) -> Tensor:
+        in_place = not torch.is_grad_enabled()
+        h = self.conv1(silu(self.norm1(x), in_place))
+        h = self.conv2(silu(self.norm2(h), in_place))
+        shortcut: Tensor = x if self.in_channels == self.out_channels else self.nin_shortcut(x)
+        summed: Tensor = h.add_(shortcut) if in_place else h + shortcut
+        return summed
+
+
 class VQGAN(nn.Module):
     """taming's VQModel without Lightning: its `state_dict` has the same keys. Weights are random until loaded."""
 
@@ -98,6 +112,8 @@ class VQGAN(nn.Module):
         for module in self.modules():
             if type(module) is nn.GroupNorm:
                 module.__class__ = GroupNorm
+            elif type(module) is taming.ResnetBlock:
+                module.__class__ = ResnetBlock
         self.quantize = VectorQuantizer2(config.num_codes, config.embed_dim, beta=COMMITMENT)
         self.quant_conv = nn.Conv2d(config.z_channels, config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)

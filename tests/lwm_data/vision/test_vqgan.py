@@ -29,7 +29,7 @@ from lwm_data.vision.vqgan import VQGAN, GroupNorm, VisionTokenizer, load_vision
 
 ROOT = Path(__file__).parents[3]
 DEMO_SPEC = ROOT / "tokenizers" / "demo-vision.yaml"
-BF16_AGREEMENT, KEPT_CODES, KEPT_PSNR = 0.8, 0.5, 25.0  # measured with the shipped tokenizer
+BF16_AGREEMENT, KEPT_CODES, KEPT_PSNR = 0.97, 0.5, 30.0  # measured with the shipped one: 0.984, 0.59, 35.8 dB
 TINY = VQGANConfig(
     ch=32, ch_mult=(1, 1, 1, 2, 1), attn_resolutions=(8,), z_channels=12, embed_dim=6, num_codes=700, resolution=64
 )
@@ -338,10 +338,10 @@ def test_sizes_that_do_not_fit_the_weights_are_refused(tmp_path: Path, key: str,
         ("  ch: 100000", r"config\.ch: got 100000; wanted less than or equal to 512"),
         ("  ch: 48", r"config\.ch: got 48; wanted a multiple of 32"),
         ("  ch_mult: [1, 2]", r"config\.ch_mult: got .*; wanted 5 numbers"),
-        ("  ch_mult: [16, 16, 16, 16, 16]\n  ch: 512", r"config: got .*; wanted at most 2048 channels"),
+        ("  ch_mult: [16, 16, 16, 16, 16]\n  ch: 512", r"config: wanted at most 2048 channels"),
         ("  num_codes: 16384", r"config\.num_codes: got 16384; wanted less than or equal to 8192"),
         ("  resolution: 512", r"config\.resolution: got 512"),
-        ("  resolution: 128", r"config: got .*; wanted resolution 256"),
+        ("  resolution: 128", r"config.*wanted resolution 256"),
     ],
 )
 def test_a_spec_that_asks_for_the_impossible_is_refused(tmp_path: Path, line: str, message: str) -> None:
