@@ -146,7 +146,7 @@ def train_vision(
     out: Annotated[Path, typer.Option(metavar="SPEC", help="The spec to write (.yaml); the weights go beside it.")],
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 10_000,
     seed: Annotated[int, typer.Option(help="Of weights and batches.")] = 0,
-    learning_rate: Annotated[float, typer.Option(min=0, help="At its highest.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(min=0, help="At its highest.")] = 0.02,
     fps: Fps = 2.0,
     max_frames: MaxFrames = 16,
     keep_out: Annotated[

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from lwm_data.sources.tar_members import read_members
 from lwm_data.vision.frames import decode_image
+from lwm_data.vision.layers import GroupNorm
 from lwm_data.vision.spec import (
     VisionTokenizerSpec,
     VQGANConfig,
@@ -25,7 +26,7 @@ from lwm_data.vision.spec import (
     vision_tokenizer_fingerprint,
     write_vision_tokenizer_spec,
 )
-from lwm_data.vision.vqgan import VQGAN, GroupNorm, VisionTokenizer, load_vision_tokenizer, weight_shapes
+from lwm_data.vision.vqgan import VQGAN, VisionTokenizer, load_vision_tokenizer, weight_shapes
 
 ROOT = Path(__file__).parents[3]
 DEMO_SPEC = ROOT / "tokenizers" / "demo-vision.yaml"
@@ -94,7 +95,9 @@ def np_conv(x_HWC: np.ndarray, weights: Weights, name: str, stride: int = 1) -> 
     for y in range(size):
         for x in range(size):
             seen = padded[y : y + stride * (height - 1) + 1 : stride, x : x + stride * (width - 1) + 1 : stride]
-            out += seen @ kernel_OIHW[:, :, y, x].T
+            out += (np.ascontiguousarray(seen).reshape(-1, seen.shape[2]) @ kernel_OIHW[:, :, y, x].T).reshape(
+                out.shape
+            )
     return out
 
 
@@ -173,7 +176,7 @@ def test_codes_equal_those_of_float64_numpy(config: VQGANConfig, photos: np.ndar
 
 
 def test_codes_of_the_shipped_tokenizer_equal_those_of_float64_numpy(demo: VisionTokenizer, photos: np.ndarray) -> None:
-    np.testing.assert_array_equal(demo.encode(photos[:3]), np_codes(photos[:3], demo.model))
+    np.testing.assert_array_equal(demo.encode(photos[6:]), np_codes(photos[6:], demo.model))
 
 
 def taming_model(config: VQGANConfig, monkeypatch: pytest.MonkeyPatch) -> Any:
