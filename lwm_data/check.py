@@ -2,7 +2,7 @@
 
 file    size and sha256 of each shard and of its examples table
 row     runs cover it; segments 1, 2, ... in turn, then padding; padding is token 0 of weight 0
-segment begins with BOS of weight 0; its weights sum to 1 (example) or are 0 or 1 (token)
+segment begins with BOS; its weights sum to 1 (example) or are 0 or 1 (token)
 token   ids are of their vocabulary; vision blocks are whole frames that end in EOF, the last in EOV
 table   says of each segment what the row holds
 index   totals
@@ -126,7 +126,7 @@ def _row_problems(
             found = list(_check_row(packed, dataset, tokenizer))
             if not found:
                 totals["tokens"] += int(packed.runs[packed.runs[:, 1] > 0, 0].sum())
-                totals["trained"] += int(packed.runs[packed.weights > 0, 0].sum())
+                totals["trained"] += int(packed.trained_lengths.sum())
                 if lines is not None:
                     found = list(_check_lines(packed, lines[row], dataset.info.packing == "naive"))
         except (ValueError, IndexError, OSError, OverflowError, MemoryError) as error:
@@ -168,8 +168,6 @@ def _check_row(packed: PackedSequence, dataset: Dataset, tokenizer: TextTokenize
         yield f"token {at}: id {packed.tokens[at]}; wanted below {limits[at]} ({'vision' if is_vision[at] else 'text'})"
     firsts = np.flatnonzero(np.diff(real, prepend=0))
     for run in firsts.tolist():
-        if weights[run]:
-            yield f"token {begins[run]}: weight {weights[run]:g} on a segment's first token, which nothing predicts"
         if info.packing == "masked" and packed.tokens[begins[run]] != tokenizer.bos:
             yield f"token {begins[run]}: id {packed.tokens[begins[run]]} begins segment {segments[run]}; wanted BOS"
     yield from _check_weights(packed, begins, firsts, info.packing == "masked", info.loss_weighting == "example")
@@ -185,7 +183,7 @@ def _check_weights(
         for run in np.flatnonzero((weights != 0) & (weights != 1)).tolist()[:1]:
             yield f"token {begins[run]}: weight {weights[run]:g}; wanted 0 or 1 (loss_weighting: token)"
     elif is_masked:
-        sums = np.add.reduceat(packed.runs[:, 0] * weights, firsts)
+        sums = np.add.reduceat(packed.trained_lengths * weights, firsts)
         for segment in np.flatnonzero((sums != 0) & (np.abs(sums - 1) > TOLERANCE)).tolist():
             yield f"token {begins[firsts[segment]]}: weights of segment {segment + 1} sum to {sums[segment]:g}, not 1"
         for segment in range(len(firsts)):
@@ -232,11 +230,11 @@ def _check_vision(
 def _check_lines(packed: PackedSequence, lines: Lines, is_naive: bool) -> Iterator[str]:
     """Does the examples table say what the row holds? Of a naive row, one segment, it can only be asked in sum."""
     lengths, segments, vision = packed.runs.astype(np.int64).T
-    trained = packed.weights > 0
+    trained = packed.trained_lengths
     got: Lines = []
     for segment in range(1, int(segments.max()) + 1):
         of = lengths * (segments == segment)
-        got.append((segment, int(of.sum()), int((of * vision).sum()), int((of * trained).sum())))
+        got.append((segment, int(of.sum()), int((of * vision).sum()), int(trained[segments == segment].sum())))
     if is_naive:
         sums = [sum(line[i] for line in lines) for i in (1, 2, 3)]
         sums[2] -= sums[2] - got[0][3] == 1  # the first token of a row that begins inside an example

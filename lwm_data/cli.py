@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lwm_data.cli_output import described, print_view, view_console, where
+from lwm_data.qa_cli import qa
 from lwm_data.rearrange_cli import rearrange_app
 from lwm_data.terminal import run_app
 from lwm_data.vision_cli import add_vision_verbs, vision_app
@@ -27,6 +28,7 @@ app.add_typer(rearrange_app)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(vision_app, name="vision")
 add_vision_verbs(tokenizer_app)
+app.command()(qa)
 
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. row_length=4096.")
@@ -40,7 +42,15 @@ Workers = Annotated[int, typer.Option(min=1, help="Processes to work in.")]
 def build(
     manifest: Annotated[Path, typer.Argument(metavar="MANIFEST", help="A `kind: dataset` YAML file.")],
     overrides: Sets = None,
-    workers: Annotated[int, typer.Option(help="Processes to work in.")] = 1,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes to work in, 1 by default; with --ray units at a time, all by default.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Work on this Ray cluster: auto, local or host:port.")
+    ] = None,
+    unit_range: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Encode and tokenize only this share of the input, such as 3/16.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build a dataset, or go on with a build that was stopped.
@@ -49,16 +59,38 @@ def build(
 
     Stop it with Ctrl-C whenever you like: the next run goes on where it was, and the bytes come out the same.
     A dataset that is already built is left alone. `lwm-data schema dataset` describes the manifest.
+
+    With `--json` progress is JSON lines on stderr, and the result on stdout.
     """
     from lwm_data.build import build as run_build
+    from lwm_data.build import build_share
+    from lwm_data.ray_pool import connect_ray
     from lwm_data.summary import dataset_table
+    from lwm_data.terminal import progress_as_json
+    from lwm_data.unit_range import parse_unit_range
 
-    result = run_build(manifest, overrides or (), workers)
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers: got {workers}; wanted 1 or more")
+    share = parse_unit_range(unit_range) if unit_range else None
+    where_to_work = connect_ray(ray, workers) if ray else workers or 1
+    with progress_as_json(as_json):
+        if share is not None:
+            done = build_share(manifest, share, overrides or (), where_to_work)
+            if as_json:
+                counts = {"units": done.num_units, "planned_units": done.num_planned}
+                print(json.dumps({"unit_range": unit_range, "token_store": str(done.store)} | counts))
+                return
+            print(
+                f"{done.num_units:,} of {done.num_planned:,} units are in {where(done.store)}; when all shares are, "
+                "build without --unit-range"
+            )
+            return
+        result = run_build(manifest, overrides or (), where_to_work)
     if as_json:
-        print(json.dumps(described(result.out, result.info) | {"built": result.built}))
+        print(json.dumps(described(result.folder, result.info) | {"built": result.built}))
         return
     print_view(dataset_table(result.info))
-    print(f"{'built' if result.built else 'nothing to do; built before'}: {where(result.out)}")
+    print(f"{'built' if result.built else 'nothing to do; built before'}: {where(result.folder)}")
 
 
 @app.command()
@@ -132,7 +164,7 @@ def show(
 @app.command()
 def schema(
     kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="dataset, text_tokenizer or vision_tokenizer")
+        str, typer.Argument(metavar="KIND", help="dataset, qa, qa_prompt, text_tokenizer or vision_tokenizer")
     ] = "dataset",
 ) -> None:
     """Print the JSON Schema of a manifest, for editors.
@@ -142,10 +174,13 @@ def schema(
     from lwm_data.format.manifest import ManifestModel
     from lwm_data.format.vocab import TextTokenizerSpec
     from lwm_data.manifest import DatasetManifest
+    from lwm_data.manifest_qa import QaManifest, QaPrompt
     from lwm_data.vision.spec import VisionTokenizerSpec
 
     kinds: dict[str, type[ManifestModel]] = {
         "dataset": DatasetManifest,
+        "qa": QaManifest,
+        "qa_prompt": QaPrompt,
         "text_tokenizer": TextTokenizerSpec,
         "vision_tokenizer": VisionTokenizerSpec,
     }

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lwm_data.folder import Folder
     from lwm_data.format.dataset import DatasetInfo
 
 
-def described(out: Path, info: DatasetInfo) -> dict[str, Any]:
+def described(out: Folder | Path, info: DatasetInfo) -> dict[str, Any]:
     """A dataset for a script."""
     from lwm_data.summary import fill
 
@@ -20,8 +21,11 @@ def described(out: Path, info: DatasetInfo) -> dict[str, Any]:
     return found | info.model_dump(exclude={"manifest", "shards"})
 
 
-def where(path: Path) -> str:
-    """The shorter way to a path: from here, or from the root."""
+def where(place: Folder | Path) -> str:
+    """The shorter way to a path: from here, or from the root. A URL is its own."""
+    path = str(place)
+    if "://" in path:
+        return path
     return min(os.path.relpath(path), os.path.normpath(path), key=len)
 
 

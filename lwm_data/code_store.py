@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import UInt16
 
-from lwm_data.engine import whole_file
 from lwm_data.format.vocab import CODES_PER_FRAME
 from lwm_data.sources.record import Rejection
+from lwm_data.whole_file import whole_file
 
 BATCH_CODES = 1 << 22  # a batch is written once it has this many
 BATCH_ITEMS = 1 << 13

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +21,7 @@ import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from lwm_data.engine import run_units, whole_file
+from lwm_data.engine import run_units
 from lwm_data.format.dataset import (
     FORMAT_VERSION,
     INDEX,
@@ -35,6 +35,7 @@ from lwm_data.format.shard import rows_per_page
 from lwm_data.row_copy import CopiedRows, CopyFormat, carry_file, copy_rows, verify_shard
 from lwm_data.summary import dataset_card
 from lwm_data.terminal import Progress
+from lwm_data.whole_file import whole_file
 from lwm_data.work_folder import ShardRecord, WorkFolder, examples_name, refuse_foreign
 
 VERSION = 2  # raise it when the same datasets and options give other bytes
@@ -94,6 +95,7 @@ def derived_info(
     """An index like the inputs', of these shards. counted: what to sum tokens over; reasons: of rejected.jsonl."""
     first = inputs[0].info
     changed = {
+        "format_version": FORMAT_VERSION,
         "dtype": dtype,
         "rows_per_page": rows_per_page(first.row_length, np.dtype(dtype)),
         "num_rows": sum(shard.num_rows for shard in shards),
@@ -101,7 +103,7 @@ def derived_info(
         "num_trained": sum(of.num_trained for of in counted),
         "sources": {name: of.model_dump() for name, of in sources.items()},
         "rejected": dict(sorted(reasons.items())),
-        "shards": [shard.model_dump() for shard in shards],
+        "shards": list(shards),
     }
     # Text alone goes with images of any tokenizer, so the first dataset need not be the one that has codes.
     vision = (dataset.info.vision_tokenizer_fingerprint for dataset in inputs)
@@ -115,8 +117,7 @@ def summed_sources(counts: Iterable[Mapping[str, SourceCounts]]) -> dict[str, So
     sums: dict[str, SourceCounts] = {}
     for sources in counts:
         for name, of in sources.items():
-            before = sums.get(name, SourceCounts())
-            sums[name] = SourceCounts(**{f: getattr(before, f) + getattr(of, f) for f in SourceCounts.model_fields})
+            sums[name] = sums.get(name, SourceCounts()) + of
     return sums
 
 
@@ -176,7 +177,9 @@ def copy_shards(
 
 
 def is_carried(info: DatasetInfo, dtype: str) -> bool:
-    """Whether a dataset's shards can be shards of one with ids of `dtype` as they are."""
+    """Whether a dataset's shards can be shards of a new one with ids of `dtype` as they are."""
+    if info.format_version != FORMAT_VERSION:
+        return False
     return info.dtype == dtype and info.rows_per_page == rows_per_page(info.row_length, np.dtype(dtype))
 
 
@@ -185,7 +188,7 @@ def carry_shards(
 ) -> list[ShardInfo]:
     """The inputs' shards in turn, as they are; those that cannot be carried are written anew, row by row."""
     numbered = list(enumerate((i, shard) for i, dataset in enumerate(inputs) for shard in dataset.info.shards))
-    shards = {number: shard.model_copy(update={"name": _name(number)}) for number, (_, shard) in numbered}
+    shards = {number: replace(shard, name=_name(number)) for number, (_, shard) in numbered}
     carried = [is_carried(dataset.info, form.dtype) for dataset in inputs]
     with Progress("carry shards", len(numbered), "shards") as progress:
         for number, (i, shard) in numbered:

@@ -8,7 +8,6 @@ What is already coded in a file of the same codes (other filters, the same pixel
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 
 from lwm_data.code_store import Coded, CodeFile, write_codes
+from lwm_data.folder import Folder
 from lwm_data.manifest_sources import Images, Videos
 from lwm_data.sources.files import check_unchanged
 from lwm_data.sources.images import read_images
@@ -39,42 +39,38 @@ VIDEO_SECONDS = 3600.0
 class Encoding:
     """store: the token store. vision_tokenizer: path of the spec, and what its fingerprint must be.
 
-    device: as torch names it. threads: of torch. decoders: child processes.
+    cores: of the worker.
     """
 
-    store: Path
+    store: Folder
     vision_tokenizer: str
     fingerprint: str
-    device: str
-    threads: int
-    decoders: int
+    cores: int
 
 
 def encode_unit(shared: Encoding, unit: Unit) -> int:
     """Write the unit's file of codes; returns its frames. ValueError where a file is not what was hashed."""
     source = unit.source
     assert isinstance(source, Images | Videos)
-    torch.set_num_threads(shared.threads)
-    tokenizer = _tokenizer(shared.vision_tokenizer, shared.fingerprint, shared.device)
+    torch.set_num_threads(shared.cores)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # of the worker: the build may run where there is no GPU
+    tokenizer = _tokenizer(shared.vision_tokenizer, shared.fingerprint, device)
+    # A GPU takes frames faster than two processes decode them; on a CPU the model is the slower side by far.
+    decoders = max(2, shared.cores) if device == "cuda" else 2
     items = read_images(source, unit.files) if isinstance(source, Images) else read_videos(source, unit.files)
     seconds = PICTURE_SECONDS if isinstance(source, Images) else VIDEO_SECONDS
-    known = [CodeFile(path) for path in sorted(shared.store.glob(f"{unit.codes.rpartition('-')[0]}-*.arrow"))]
+    same = unit.codes.rpartition("-")[0] + "-"
+    names = sorted(name for name in shared.store.sizes() if name.startswith(same) and name.endswith(".arrow"))
+    known = [CodeFile(shared.store.fetch(name)) for name in names]
 
     def coded() -> Iterator[Coded | Rejection]:
-        with DecodePool(shared.decoders, seconds_per_item=seconds) as pool:
+        with DecodePool(decoders, seconds_per_item=seconds) as pool:
             yield from _encode(source, items, pool, tokenizer, known)
         for file in unit.files:
             check_unchanged(file)
 
-    return write_codes(shared.store / unit.codes, coded())
-
-
-def encoding(store: Path, vision_tokenizer: str, fingerprint: str, workers: int) -> Encoding:
-    """How each of `workers` processes encodes: on a GPU where there is one, with its share of the cores."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    cores = max(1, len(os.sched_getaffinity(0)) // workers)
-    # A GPU takes frames faster than two processes decode them; on a CPU the model is the slower side by far.
-    return Encoding(store, vision_tokenizer, fingerprint, device, cores, max(2, cores) if device == "cuda" else 2)
+    with shared.store.writing() as folder:
+        return write_codes(folder / unit.codes, coded())
 
 
 @lru_cache(maxsize=1)  # units of one build have one tokenizer

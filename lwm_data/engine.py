@@ -1,17 +1,16 @@
 """Runs units: pieces of work that are functions of their inputs, each with one output file, whole or not there.
 
     units   u0 u1 u2 u3 ...      taken in order, a few at a time
-    workers [u0] [u1]            spawned processes, or this process alone
+    workers [u0] [u1]            spawned processes, this process alone, or a Ray cluster (lwm_data/ray_pool.py)
     results r0 r1 r2 r3 ...      in the units' order, whoever was faster
 
-A unit's output is written to a temporary name, fsynced and renamed, so that a unit may be killed at any moment and
-run again. Workers end when the build ends, also when it is killed.
+A unit's output is written whole or not at all (folder.py), so that a unit may be killed at any moment and run again.
+Workers end when the build ends, also when it is killed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -19,26 +18,40 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-from uuid import uuid4
+from typing import Any, TypeVar
+
+from lwm_data.ray_pool import RayCluster, run_on_ray
 
 Shared = TypeVar("Shared")
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
+
+Workers = int | RayCluster
+"""Processes of this machine (1: this one alone), or a cluster."""
 
 AHEAD = 4  # units per worker that may be done before the one whose turn it is
 PATIENCE = 5.0  # seconds that a worker has to clean up
 
 
 def run_units(
-    function: Callable[[Shared, Unit], Result], shared: Shared, units: Iterable[Unit], workers: int
+    function: Callable[[Shared, Unit], Result],
+    shared: Shared,
+    units: Iterable[Unit],
+    workers: Workers,
+    most: int | None = None,
+    model: bool = False,
 ) -> Iterator[Result]:
-    """`function(shared, unit)` of each unit, in the units' order, in `workers` processes (1: in this one).
+    """`function(shared, unit)` of each unit, in the units' order.
 
     `function` must be importable by name; `shared` goes to each worker once. An error ends the run, and so does
-    closing the iterator; what the workers were writing is removed.
+    closing the iterator; what the workers were writing is removed. most: more processes than this are of no use: each
+    costs an interpreter and its imports. model: each worker keeps one, in memory or on a GPU.
     """
+    if isinstance(workers, RayCluster):
+        yield from run_on_ray(function, shared, units, workers, model)
+        return
+    if most is not None:
+        workers = max(1, min(workers, most))
     if workers == 1:
         for unit in units:
             yield function(shared, unit)
@@ -50,49 +63,11 @@ def run_units(
         pool.stop()
 
 
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that stands at `path` only once the block has ended well; fsynced, then renamed.
-
-    While it is written the temporary is locked, so that `remove_leftovers` takes only those of the dead.
-    """
-    # Process numbers repeat: builds in two containers, or on two machines, may share a folder.
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    with _open_locked(temporary) as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
-def _open_locked(path: Path) -> BinaryIO:
-    while True:
-        file = open(path, "wb")  # noqa: SIM115 (the caller closes it)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()  # another build took it for a leftover between the two calls
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporaries in `folder` that nobody is writing any more."""
-    for path in folder.glob(".*.tmp"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+def model_cores(workers: Workers, most: int) -> int:
+    """Cores for each worker that keeps a model, where there are at most `most` of them."""
+    if isinstance(workers, RayCluster):
+        return workers.model_cores
+    return max(1, len(os.sched_getaffinity(0)) // max(1, min(workers, most)))
 
 
 class _Pool:

@@ -14,29 +14,34 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
-from jaxtyping import Int32, Int64
+from jaxtyping import Bool, Int32, Int64
 
-from lwm_data.engine import whole_file
+from lwm_data.folder import Folder
+from lwm_data.format.index import SourceCounts
 from lwm_data.manifest import DatasetManifest
-from lwm_data.manifest_sources import AnySource, Books, Needles
+from lwm_data.manifest_sources import AnySource, Books, Needles, Text, Tokens
+from lwm_data.sources.chats import LEFT_OUT
+from lwm_data.sources.clean import NO_MARK
 from lwm_data.sources.fit import FRAME, RunShape, is_plain, num_text_parts, part_lengths
 from lwm_data.sources.record import Rejection
 from lwm_data.token_store import StoreFile
+from lwm_data.unwanted import Unwanted
+from lwm_data.work_folder import WorkFolder
 
 SHOWN = 3  # bad records that an error message names
-REMEDY = {"books": "split", "videos": "thin"}
+REMEDY = {"books": "split", "text": "split", "tokens": "split", "videos": "thin"}
 FILTERED = "filtered: "  # reasons that begin so are the manifest's wish, and nothing bad
-NOT_WHOLE = ("truncated", "thinned", "part not trained")  # reasons of records that are taken all the same
+NOT_WHOLE = ("truncated", "thinned", "part not trained", NO_MARK, LEFT_OUT)  # of records that are taken all the same
 
 
 @dataclass(frozen=True)
 class ExamplePlan:
     """sources, units, records, parts, lengths: of each example, as drawn above, in the order of the input.
 
-    records_of: source -> (records, rejected). reasons: why records were rejected, cut or split -> records.
+    counts_of: source -> its records, those rejected, and why records were rejected, cut or split.
     """
 
     sources: Int32[np.ndarray, " n"]
@@ -44,44 +49,56 @@ class ExamplePlan:
     records: Int32[np.ndarray, " n"]
     parts: Int32[np.ndarray, " n"]
     lengths: Int64[np.ndarray, " n"]
-    records_of: dict[str, tuple[int, int]]
-    reasons: dict[str, int]
+    counts_of: dict[str, SourceCounts]
 
 
 def plan_examples(
-    manifest: DatasetManifest, sources: Sequence[AnySource], stores: Sequence[Path], rejected: Path
+    manifest: DatasetManifest,
+    sources: Sequence[AnySource],
+    store: Folder,
+    names: Sequence[str],
+    marks: Sequence[str | None],
+    work: WorkFolder,
 ) -> ExamplePlan:
-    """The plan of the store files `stores`, each of the source beside it; writes `rejected`, one JSON object a line.
+    """The plan of the files `names` of the token store, each of the source beside it; writes rejected.jsonl to `work`.
+
+    marks: the name of each one's marks (text_marks.py), None where it has none.
 
     ValueError where a record does not fit a row under `overflow: error`, where a source has more bad records than
     `max_rejected` allows, and where nothing is left.
     """
     columns: list[tuple[np.ndarray, ...]] = []
-    records_of = {source.name: [0, 0] for source in manifest.sources}
-    reasons: Counter[str] = Counter()
+    counts_of = {source.name: SourceCounts() for source in manifest.sources}
     bad: dict[str, list[Rejection]] = {source.name: [] for source in manifest.sources}
     num_bad: Counter[str] = Counter()
     numbers = {source.name: number for number, source in enumerate(manifest.sources)}
-    with whole_file(rejected) as file:
-        for unit, (source, path) in enumerate(zip(sources, stores, strict=True)):
-            store = StoreFile(path)
-            damaged = store.rejections()
+    unwanted = Unwanted(manifest, sources, store, names, marks, partial(_taken, manifest))
+    with work.planned_rejected() as file:
+        for unit, (source, name) in enumerate(zip(sources, names, strict=True)):
+            tokens = StoreFile.without_tokens(store, name)
+            damaged = tokens.rejections()
             wrong = [rejection for rejection in damaged if not rejection.reason.startswith(FILTERED)]
             num_bad[source.name] += len(wrong)
             bad[source.name] += wrong[: SHOWN - len(bad[source.name])]
-            fitted, notes = _fit_unit(manifest, source, store)
+            fitted, notes = _fit_unit(manifest, source, tokens, unwanted.of(unit))
+            notes += tokens.notes()
+            reasons: Counter[str] = Counter()
             for note in itertools.chain(damaged, notes):
                 line = {"source": source.name, "key": note.key, "reason": note.reason, "detail": note.detail}
                 file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
                 reasons[note.reason] += 1
-            records_of[source.name][0] += len(store)
-            records_of[source.name][1] += len(damaged) + sum(note.reason not in NOT_WHOLE for note in notes)
             if num_split := int((fitted.parts > 1).sum()):
                 reasons["split"] += num_split
+            counts_of[source.name] += SourceCounts(
+                records=len(tokens),
+                rejected=int((fitted.parts == 0).sum()),
+                reasons=reasons,
+            )
             columns.append((np.full(len(fitted.of), numbers[source.name], np.int32), *_columns(unit, fitted)))
+    rejected = work.planned_rejected_name
     for i, source in enumerate(manifest.sources):
         _refuse_bad(
-            f"sources.{i}", records_of[source.name][0], num_bad[source.name], bad[source.name], manifest, rejected
+            f"sources.{i}", counts_of[source.name].records, num_bad[source.name], bad[source.name], manifest, rejected
         )
     of_source, units, records, parts, lengths = (np.concatenate(column) for column in zip(*columns, strict=True))
     if not len(units):
@@ -92,8 +109,7 @@ def plan_examples(
         records,
         parts,
         lengths,
-        {name: (of[0], of[1]) for name, of in records_of.items()},
-        dict(sorted(reasons.items())),
+        counts_of,
     )
 
 
@@ -106,18 +122,28 @@ class _Fitted:
     lengths: Int64[np.ndarray, " n"]
 
 
-def _fit_unit(manifest: DatasetManifest, source: AnySource, store: StoreFile) -> tuple[_Fitted, list[Rejection]]:
+def _taken(
+    manifest: DatasetManifest, source: AnySource, store: StoreFile, unwanted: dict[int, Rejection]
+) -> Bool[np.ndarray, " records"]:
+    """Which of the store's records become examples."""
+    return _fit_unit(manifest, source, store, unwanted)[0].parts > 0
+
+
+def _fit_unit(
+    manifest: DatasetManifest, source: AnySource, store: StoreFile, unwanted: dict[int, Rejection]
+) -> tuple[_Fitted, list[Rejection]]:
     """What the store's records become, and what is rejected or cut by the manifest's wish."""
     lengths = store.lengths()
+    lengths[list(unwanted)] = 0  # as of one that the source rejected
     parts = np.where(lengths > 0, 1, 0)
-    notes = []
-    if isinstance(source, Books):
+    notes = list(unwanted.values())
+    if isinstance(source, Books | Text | Tokens):
         least, most = source.tokens.min, source.tokens.max
         for i in np.flatnonzero((lengths > 0) & (lengths < least)).tolist():
             notes.append(Rejection(store.key(i), "too short", f"{lengths[i]:,} tokens; tokens.min is {least:,}"))
             parts[i] = 0
-        for i in np.flatnonzero(lengths > most).tolist() if most is not None else ():
-            notes.append(Rejection(store.key(i), "too long", f"{lengths[i]:,} tokens; tokens.max is {most:,}"))
+        for i in np.flatnonzero(lengths >= most).tolist() if most is not None else ():
+            notes.append(Rejection(store.key(i), "too long", f"{lengths[i]:,} tokens; wanted fewer than {most:,}"))
             parts[i] = 0
     walked: dict[int, list[int]] = {}  # record -> lengths of its parts, where lengths alone do not tell
     if manifest.packing == "masked":
@@ -130,7 +156,7 @@ def _fit_unit(manifest: DatasetManifest, source: AnySource, store: StoreFile) ->
                 walked[i], num_untrained = _part_lengths(manifest, source, store.key(i), shape)
                 fitted[i] = len(walked[i])
             if num_untrained:
-                reason = "part not trained" if fitted[i] else "nothing trained"
+                reason = ("nothing trained", "truncated")[fitted[i]] if fitted[i] < 2 else "part not trained"
                 detail = (
                     f"{lengths[i]:,} tokens; in {num_untrained:,} of {num_untrained + fitted[i]:,} parts no token is"
                 )
@@ -188,7 +214,7 @@ def _columns(unit: int, fitted: _Fitted) -> tuple[np.ndarray, ...]:
 
 
 def _refuse_bad(
-    key: str, num_records: int, num_bad: int, bad: list[Rejection], manifest: DatasetManifest, rejected: Path
+    key: str, num_records: int, num_bad: int, bad: list[Rejection], manifest: DatasetManifest, rejected: str
 ) -> None:
     if num_bad <= manifest.max_rejected * num_records:
         return

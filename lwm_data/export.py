@@ -231,8 +231,8 @@ def _write_json(dataset: Dataset, rows: range, file: BinaryIO) -> None:
     """A line per example, or per piece of one in a naive row."""
     for row, lines in groupby(_examples(dataset, rows), key=lambda line: int(line["row"])):
         packed = dataset.packed(row)
-        vision = np.repeat(packed.runs[:, 2] != 0, packed.runs[:, 0])
-        weights = np.repeat(packed.weights, packed.runs[:, 0])
+        arrays = packed.arrays()
+        vision, weights = arrays["vision_mask"], arrays["loss_weights"]
         begin = 0
         for line in lines:
             inside = slice(begin, begin + line["num_tokens"])

@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from lwm_data.format.manifest import ManifestModel, ManifestPath, read_manifest
 from lwm_data.format.packed import LossWeighting, Packing
-from lwm_data.manifest_sources import Images, Source, Videos
+from lwm_data.manifest_sources import Images, ManifestGlob, Source, Videos
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -33,13 +33,24 @@ def _bytes(value: Any) -> Any:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def _on_disk(value: str) -> str:
-    if "://" in value:
-        raise ValueError("a folder on disk, no URL; build there and copy it")
-    return value
+class DuplicateRule(ManifestModel):
+    """Which copies of a record are left out; of several the first in the manifest's order stays."""
+
+    exact: bool = Field(default=True, description="texts that are equal, but for white space and Unicode's forms")
+    near: float | None = Field(
+        default=None, ge=0.3, lt=1, description="least share of 5-word sequences that two have in common, e.g. 0.8"
+    )
 
 
-FolderPath = Annotated[ManifestPath, AfterValidator(_on_disk)]
+class Contamination(ManifestModel):
+    """Which records hold evaluation text, and are left out."""
+
+    texts: tuple[ManifestGlob, ...] = Field(min_length=1, description="globs of evaluation texts, .txt or .jsonl")
+    words: int = Field(default=13, ge=3, le=100, description="in a row, that must be the same")
+    field: str | None = Field(
+        default=None, min_length=1, description="of a JSON line; default: question, answer and text, where they are"
+    )
+    least: int = Field(default=1, ge=1, description="such sequences in a record, from which on it is left out")
 
 
 class DatasetManifest(ManifestModel):
@@ -48,8 +59,8 @@ class DatasetManifest(ManifestModel):
     kind: Literal["dataset"]
     name: str = Field(min_length=1)
     seed: int = Field(default=0, ge=0, description="of the order of examples and of what is drawn at random")
-    out: FolderPath = Field(description="folder of the dataset")
-    token_store: FolderPath | None = Field(
+    out: ManifestPath = Field(description="folder of the dataset, on a disk or in an object store")
+    token_store: ManifestPath | None = Field(
         default=None, description="folder of tokenized input, shared by datasets; default: token-store beside `out`"
     )
     text_tokenizer: ManifestPath = Field(description="tokenizers/*.yaml")
@@ -66,6 +77,8 @@ class DatasetManifest(ManifestModel):
     max_rejected: float = Field(
         default=0.05, ge=0, le=1, description="share of a source's records that may be bad before the build fails"
     )
+    duplicates: DuplicateRule | None = Field(default=None, description="copies of records, to be left out")
+    contamination: Contamination | None = Field(default=None, description="evaluation texts, to be kept out")
     sources: tuple[Source, ...] = Field(min_length=1)
 
     @model_validator(mode="after")

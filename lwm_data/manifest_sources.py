@@ -8,11 +8,14 @@ sources:
 
 from __future__ import annotations
 
+import glob
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
-from lwm_data.format.manifest import ManifestModel, ManifestPath
+from lwm_data.format.manifest import ManifestModel
 from lwm_data.format.prompt import CITIES
 from lwm_data.where import parse_where
 
@@ -40,11 +43,43 @@ def _range(value: Any) -> Any:
 Count = Annotated[Span, BeforeValidator(_range)]
 
 
-class TokenFilter(ManifestModel):
-    """Records with fewer or more tokens than this are rejected."""
+def _absolute_glob(value: str, info: ValidationInfo) -> str:
+    folder = (info.context or {}).get("folder")
+    if "://" in value or folder is None:
+        return value
+    return os.path.abspath(Path(glob.escape(str(Path(folder).absolute()))) / Path(value).expanduser())
 
-    min: int = Field(default=1, ge=1)
-    max: int | None = Field(default=None, ge=1)
+
+ManifestGlob = Annotated[str, AfterValidator(_absolute_glob)]
+"""As ManifestPath, of a glob: no character of the manifest's own folder is taken for a wildcard."""
+
+
+class TokenFilter(ManifestModel):
+    """Records of min <= tokens < max, BOS and EOS counted; half open, so that no record is in two adjacent ranges."""
+
+    min: int = Field(default=1, ge=1, description="the least that is taken")
+    max: int | None = Field(default=None, ge=2, description="the least that is too long")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TokenFilter:
+        if self.max is not None and self.min >= self.max:
+            raise ValueError(f"min < max (got min {self.min}, max {self.max}); max itself is not taken")
+        return self
+
+
+class Clean(ManifestModel):
+    """What is done to a text before it is tokenized."""
+
+    unicode: Literal["nfc", "nfkc"] | None = Field(default=None, description="Unicode normalisation form")
+    gutenberg: bool = Field(default=False, description="cut off Project Gutenberg's header and licence")
+
+
+class Split(ManifestModel):
+    """A share of the documents is held out: which ones, the documents' keys and `seed` alone decide."""
+
+    heldout: float = Field(gt=0, lt=1, description="share of the documents that is held out")
+    take: Literal["train", "heldout"] = Field(description="which side this source takes")
+    seed: int = Field(default=0, ge=0, description="the same in the manifests of both sides")
 
 
 def _condition(text: str) -> str:
@@ -63,34 +98,92 @@ class SourceModel(ManifestModel):
         default="any",
         description="whose examples may share a row with its own: any source's, only its own, or no other example",
     )
+    deduplicate: bool = Field(default=True, description="whether the dataset's `duplicates` are looked for in it")
+    decontaminate: bool = Field(default=True, description="whether the dataset's `contamination` is")
 
 
-class Books(SourceModel):
+class Documents(SourceModel):
+    """What sources of whole documents have in common."""
+
+    path: ManifestGlob
+    split: Split | None = Field(default=None, description="take one side of a split by document")
+
+
+class Books(Documents):
     """Plain text, one file one record; .gz and .zst are unpacked on the way."""
 
     type: Literal["books"]
-    path: ManifestPath = Field(description="glob of UTF-8 text files, one book each")
+    path: ManifestGlob = Field(description="glob of UTF-8 text files, one book each")
     tokens: TokenFilter = Field(default=TokenFilter(), description="which books to take, by their whole length")
+    clean: Clean = Field(default=Clean(), description="what is done to a text first")
     overflow: Literal["split", "truncate", "drop", "error"] = Field(
         default="split", description="what to do with a book longer than a row"
     )
     trained: Literal["all"] = "all"
 
 
-class Chats(SourceModel):
-    """UltraChat rows: {"id": ..., "data": [user, assistant, user, ...]}, one a line."""
+class Text(Documents):
+    """Texts of any file that holds many: rows with a field, lines, samples of tars, or small files."""
+
+    type: Literal["text"]
+    path: ManifestGlob = Field(
+        description="glob of .jsonl, .json, .parquet, .arrow, .tar or text files, or a folder saved by `datasets`"
+    )
+    field: str = Field(default="text", min_length=1, description="field or column with the text")
+    key: str | None = Field(
+        default=None, min_length=1, description="field that names the record; default: `id` where it is, else its place"
+    )
+    records: Literal["file", "lines"] = Field(default="file", description="what is a record of a plain text file")
+    tokens: TokenFilter = Field(default=TokenFilter(), description="which texts to take, by their whole length")
+    clean: Clean = Field(default=Clean(), description="what is done to a text first")
+    overflow: Literal["split", "truncate", "drop", "error"] = Field(default="split", description="longer than a row")
+
+
+class Chats(Documents):
+    """Chats as UltraChat (`data`), ShareGPT (`conversations`) and OpenAI (`messages`) have them, told by their keys."""
 
     type: Literal["chats"]
-    path: ManifestPath = Field(description="glob of .jsonl, .jsonl.gz or .jsonl.zst files")
+    path: ManifestGlob = Field(
+        description="glob of .jsonl, .json, .parquet or .arrow files, or a folder saved by `datasets`"
+    )
+    key: str | None = Field(
+        default=None, min_length=1, description="field that names the chat; default: `id` where it is, else its place"
+    )
     overflow: Literal["truncate", "drop", "error"] = Field(default="drop", description="a chat longer than a row")
+
+
+class Tokens(Documents):
+    """Arrays of text token ids: .npy streams, or a list a row. Vision tokens are not read: give pixels or codes."""
+
+    type: Literal["tokens"]
+    path: ManifestGlob = Field(
+        description="glob of .npy, .jsonl, .parquet or .arrow files, or a folder saved by `datasets`"
+    )
+    field: str = Field(default="input_ids", min_length=1, description="field or column with the list of ids")
+    key: str | None = Field(
+        default=None, min_length=1, description="field that names the record; default: `id` where it is, else its place"
+    )
+    trained: str | None = Field(default=None, min_length=1, description="field with a 0 or 1 for each id")
+    labels: str | None = Field(
+        default=None, min_length=1, description="field with labels as Hugging Face has them: the id, or -100"
+    )
+    tokens: TokenFilter = Field(default=TokenFilter(), description="which records to take, by their whole length")
+    overflow: Literal["split", "truncate", "drop", "error"] = Field(default="split", description="longer than a row")
+
+    @model_validator(mode="after")
+    def _has_one_mask(self) -> Tokens:
+        if self.trained is not None and self.labels is not None:
+            raise ValueError("one of trained and labels")
+        return self
 
 
 class Needles(SourceModel):
     """Made-up retrieval examples: facts planted in a text, some of them asked for; only the answer is trained."""
 
     type: Literal["needles"]
+    deduplicate: bool = Field(default=False, description="off by default: made up, of texts that many share")
     count: int = Field(ge=1, description="number of examples")
-    haystack: ManifestPath = Field(description="glob of UTF-8 text files that the filler is cut from")
+    haystack: ManifestGlob = Field(description="glob of UTF-8 text files that the filler is cut from")
     tokens: Count = Field(description="length of each example, drawn uniformly; never above max")
     needles: Count = Field(default=Span(min=1, max=1), description="facts planted in each example")
     asked: Count = Field(default=Span(min=1, max=1), description="facts asked for, of those planted")
@@ -109,7 +202,7 @@ class LwmJsonl(SourceModel):
     """The release's JSON lines: text fields and lists of codes, joined as a field spec says (`[masked]`, `a+b`)."""
 
     type: Literal["lwm_jsonl"]
-    path: ManifestPath = Field(description="glob of .jsonl, .jsonl.gz or .jsonl.zst files")
+    path: ManifestGlob = Field(description="glob of .jsonl, .jsonl.gz or .jsonl.zst files")
     fields: str | None = Field(
         default=None, min_length=1, description="one spec for every line, e.g. '[question],[vision],answer'"
     )
@@ -136,7 +229,8 @@ class LwmJsonl(SourceModel):
 class Media(SourceModel):
     """What images and videos have in common: a caption beside the pixels."""
 
-    path: ManifestPath
+    deduplicate: bool = Field(default=False, description="off by default: different pictures may have one caption")
+    path: ManifestGlob
     caption: str | None = Field(
         default=None, description="field with the caption; default: the .txt beside, or caption, TEXT or text"
     )
@@ -152,7 +246,7 @@ class Images(Media):
     """Pictures with captions: img2dataset tars, Parquet or Arrow files with their bytes, or picture files."""
 
     type: Literal["images"]
-    path: ManifestPath = Field(description="glob of .tar, .parquet, .arrow or picture files; captions beside them")
+    path: ManifestGlob = Field(description="glob of .tar, .parquet, .arrow or picture files; captions beside them")
     overflow: Literal["truncate", "drop", "error"] = Field(default="drop", description="longer than a row")
 
 
@@ -160,7 +254,7 @@ class Videos(Media):
     """Videos with captions: video2dataset tars, lists (.jsonl, .csv, .parquet) of files and times, or video files."""
 
     type: Literal["videos"]
-    path: ManifestPath = Field(description="glob of .tar, .jsonl, .csv, .parquet or video files; captions beside them")
+    path: ManifestGlob = Field(description="glob of .tar, .jsonl, .csv, .parquet or video files; captions beside them")
     fps: float = Field(gt=0, le=1000, description="frames taken per second, by their time stamps")
     max_frames: int = Field(ge=1, le=1 << 20, description="more are thinned out evenly over the clip")
     decoder: Literal["pyav", "decord"] = "pyav"
@@ -174,5 +268,5 @@ class Videos(Media):
     )
 
 
-Source = Annotated[Books | Chats | Needles | LwmJsonl | Images | Videos, Field(discriminator="type")]
-AnySource = Books | Chats | Needles | LwmJsonl | Images | Videos
+AnySource = Books | Text | Chats | Tokens | Needles | LwmJsonl | Images | Videos
+Source = Annotated[AnySource, Field(discriminator="type")]

@@ -33,7 +33,6 @@ from lwm_data.derived_dataset import (
     summed_sources,
     verify_shards,
 )
-from lwm_data.engine import whole_file
 from lwm_data.example_plan import NOT_WHOLE
 from lwm_data.format.dataset import Dataset, DatasetInfo, SourceCounts, open_dataset
 from lwm_data.row_choice import (
@@ -93,7 +92,7 @@ def merge(
         return write
 
     def write(work: WorkFolder, fingerprint: str) -> DatasetInfo:
-        with whole_file(work.planned_rejected) as file:
+        with work.planned_rejected() as file:
             for raw, _ in itertools.chain.from_iterable(map(rejected_lines, inputs)):
                 file.write(raw)
         work.begin(fingerprint)
@@ -243,36 +242,33 @@ def _take(
         parts, lines = choice()
 
         def write(work: WorkFolder, fingerprint: str) -> DatasetInfo:
-            reasons: Counter[str] = Counter()
-            rejected: Counter[str] = Counter()
-            with whole_file(work.planned_rejected) as file:
+            reasons: dict[str, Counter[str]] = {name: Counter() for name in kept}
+            with work.planned_rejected() as file:
                 for (raw, line), owner in zip(rejected_lines(source), lines, strict=True):
                     if owner == part:
                         file.write(raw)
-                        reasons[line["reason"]] += 1
-                        rejected[line["source"]] += line["reason"] not in NOT_WHOLE
+                        reasons[line["source"]][line["reason"]] += 1
             work.begin(fingerprint)
             form = _format(work.out, [source], source.info.dtype)
             units = new_shards(rows_of_part(parts, part), max(of.num_rows for of in source.info.shards))
             records = copy_shards(work, form, units, int((parts == part).sum()), workers)
             counted = summed_sources(record.sources for record in records)
+            shards = [record.shard for record in records]
+            num_split = sum((num_split_records(work.out, shard) for shard in shards), Counter[str]())
             sources = {}
             for name in kept:
-                of, num = counted.get(name, SourceCounts()), rejected[name]
-                sources[name] = of.model_copy(update={"records": of.records + num, "rejected": num})
-            shards = [record.shard for record in records]
-            num_split = sum(num_split_records(work.out, shard) for shard in shards)
-            if before is not None and any(of.left_out for of in source.info.sources.values()):
-                num_split = source.info.rejected.get("split", 0) - sum(info.rejected.get("split", 0) for info in before)
-                for name, of in source.info.sources.items():
-                    rest = {
-                        field: getattr(of, field) - sum(getattr(info.sources[name], field) for info in before)
-                        for field in ("records", "left_out")
-                    }
-                    sources[name] = sources[name].model_copy(update=rest)
-            if num_split:
-                reasons["split"] = num_split  # counted, but not named in rejected.jsonl
-            return derived_info([source], shards, records, sources, reasons, source.info.dtype)
+                of, why = counted.get(name, SourceCounts()), reasons[name]
+                rejected = sum(count for reason, count in why.items() if reason not in NOT_WHOLE)
+                numbers = {"records": of.records + rejected, "rejected": rejected, "left_out": 0}
+                if before is not None and any(of.left_out for of in source.info.sources.values()):
+                    whole, others = source.info.sources[name], [info.sources[name] for info in before]
+                    num_split[name] = whole.split - sum(of.split for of in others)
+                    for field in ("records", "left_out"):
+                        numbers[field] = getattr(whole, field) - sum(getattr(of, field) for of in others)
+                why += Counter({"split": num_split[name]})  # counted, but not named in rejected.jsonl
+                sources[name] = of.model_copy(update={**numbers, "reasons": dict(sorted(why.items()))})
+            told = sum(sources.values(), SourceCounts()).reasons
+            return derived_info([source], shards, records, sources, told, source.info.dtype)
 
         return write
 

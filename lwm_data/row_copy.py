@@ -3,7 +3,7 @@
 inputs   0  0  1  0        of the shard's rows: which dataset
 rows     7  8  0  9        and which row of it
          |  |  |  |
-shard    0  1  2  3        the same tokens, runs and weights; the examples table's lines, with `row` counted anew
+shard    0  1  2  3        the same arrays; the examples table's lines, with `row` counted anew
 
 Whole shards are carried as files: shards do not know of each other, so a shard is as good in another dataset.
 """
@@ -15,6 +15,7 @@ import hashlib
 import io
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
@@ -25,10 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Bool, Int64
 
-from lwm_data.engine import whole_file
 from lwm_data.format.dataset import Dataset, DatasetInfo, ShardInfo, SourceCounts
+from lwm_data.format.packed import PackedSequence, merge_runs
 from lwm_data.format.shard import ShardWriter
-from lwm_data.shard_rows import EXAMPLES_SCHEMA
+from lwm_data.shard_rows import EXAMPLES_SCHEMA, write_examples
+from lwm_data.whole_file import whole_file
 from lwm_data.work_folder import ShardRecord, WorkFolder, examples_name
 
 BLOCK = 1 << 20
@@ -76,10 +78,10 @@ def read_examples(dataset: Dataset, shard: ShardInfo) -> pa.Table:
     return pq.read_table(io.BytesIO(data)).select(EXAMPLES_SCHEMA.names).cast(EXAMPLES_SCHEMA)
 
 
-def num_split_records(folder: Path, shard: ShardInfo) -> int:
-    """The records that were split and whose second part lies in the shard; so each is counted once."""
-    parts = pq.read_table(folder / examples_name(shard.name), columns=["part"])["part"]
-    return int((parts.to_numpy() == 1).sum())
+def num_split_records(folder: Path, shard: ShardInfo) -> Counter[str]:
+    """Per source: the records that were split and whose second part lies in the shard; so each is counted once."""
+    table = pq.read_table(folder / examples_name(shard.name), columns=["source", "part"])
+    return Counter(table.filter(table["part"].to_numpy() == 1)["source"].to_pylist())
 
 
 def verify_shard(dataset: Dataset, shard: ShardInfo) -> int:
@@ -126,30 +128,14 @@ def _copy(form: CopyFormat, shard: CopiedRows) -> ShardRecord:
             packed = datasets[i].packed(row)
             lengths, segments, vision = packed.runs.T
             num_tokens += int(lengths[segments > 0].sum())
-            num_trained += int(lengths[packed.weights > 0].sum())
+            num_trained += int(packed.trained_lengths.sum())
             begins[at] = datasets[i].info.packing == "masked" or (
                 packed.tokens[0] == form.bos and not vision[0] and not _goes_on(datasets[i], row, form.eos)
             )
-            writer.add(packed)
+            runs = merge_runs(packed.runs, packed.weights)  # version 1 had more of them
+            writer.add(PackedSequence(packed.tokens, *runs))
     table = _examples(datasets, shard)
-    path = form.out / examples_name(shard.name)
-    with whole_file(path) as file:
-        pq.write_table(table, file, compression="zstd")
-    examples = path.read_bytes()
-    return ShardRecord(
-        shard=ShardInfo(
-            name=shard.name,
-            num_rows=writer.num_rows,
-            num_bytes=writer.num_bytes,
-            sha256=writer.sha256,
-            offsets_at=writer.offsets_at,
-            examples_sha256=hashlib.sha256(examples).hexdigest(),
-        ),
-        examples_bytes=len(examples),
-        num_tokens=num_tokens,
-        num_trained=num_trained,
-        sources=_counts(table, begins),
-    )
+    return write_examples(writer, table, num_tokens, num_trained, _counts(table, begins))
 
 
 def _goes_on(dataset: Dataset, row: int, eos: int) -> bool:
@@ -214,6 +200,6 @@ def _counts(table: pa.Table, begins: Bool[np.ndarray, " rows"]) -> dict[str, Sou
         "trained_tokens": table["num_trained"].to_numpy(),
     }
     return {
-        name: SourceCounts(**{field: int(column[number == i].sum()) for field, column in columns.items()})
+        name: SourceCounts.model_validate({field: int(column[number == i].sum()) for field, column in columns.items()})
         for i, name in enumerate(source.dictionary.to_pylist())
     }

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 
-from lwm_data.engine import whole_file
+from lwm_data.folder import Folder
 from lwm_data.format.dataset import ShardInfo, SourceCounts
 from lwm_data.format.example import Example
 from lwm_data.format.packed import LossWeighting, Packing, Piece, pack_row
@@ -24,6 +24,7 @@ from lwm_data.format.shard import ShardWriter
 from lwm_data.manifest_sources import Overflow
 from lwm_data.sources.fit import fit
 from lwm_data.token_store import StoreCache
+from lwm_data.whole_file import whole_file
 from lwm_data.work_folder import ShardRecord, WorkFolder, examples_name
 
 EXAMPLES_SCHEMA = pa.schema(
@@ -44,16 +45,17 @@ EXAMPLES_SCHEMA = pa.schema(
 class StoreRef:
     """A file of the token store and the source that it belongs to."""
 
-    path: Path
+    name: str
     source: str
     overflow: Overflow
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What all shards of a dataset have in common. stores: by unit number."""
+    """What all shards of a dataset have in common. stores: files of the folder `store`, by unit number."""
 
-    out: Path
+    out: Folder
+    store: Folder
     stores: tuple[StoreRef, ...]
     row_length: int
     dtype: str
@@ -77,18 +79,43 @@ def write_shard_rows(form: RowFormat, shard: ShardRows) -> ShardRecord:
     """Write the shard and its examples table, then their record. Their bytes are a function of the arguments."""
     work = WorkFolder(form.out)
     with work.writing():
-        record = _write(form, shard)
+        with form.out.writing() as folder:
+            record = _write(form, shard, folder)
         work.write_record(record)
     return record
 
 
-def _write(form: RowFormat, shard: ShardRows) -> ShardRecord:
-    stores = StoreCache()
+def write_examples(
+    writer: ShardWriter, table: pa.Table, num_tokens: int, num_trained: int, sources: dict[str, SourceCounts]
+) -> ShardRecord:
+    """Write the examples table beside the shard that was written; the record of both."""
+    path = writer.path.with_name(examples_name(writer.path.name))
+    with whole_file(path) as file:
+        pq.write_table(table, file, compression="zstd")
+    examples = path.read_bytes()
+    return ShardRecord(
+        shard=ShardInfo(
+            name=writer.path.name,
+            num_rows=writer.num_rows,
+            num_bytes=writer.num_bytes,
+            sha256=writer.sha256,
+            offsets_at=writer.offsets_at,
+            examples_sha256=hashlib.sha256(examples).hexdigest(),
+        ),
+        examples_bytes=len(examples),
+        num_tokens=num_tokens,
+        num_trained=num_trained,
+        sources=sources,
+    )
+
+
+def _write(form: RowFormat, shard: ShardRows, folder: Path) -> ShardRecord:
+    stores = StoreCache(form.store)
     columns: dict[str, list[object]] = {name: [] for name in EXAMPLES_SCHEMA.names}
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     num_tokens = num_trained = 0
     dtype = np.dtype(form.dtype)
-    with ShardWriter(form.out / shard.name, form.row_length, dtype) as writer:
+    with ShardWriter(folder / shard.name, form.row_length, dtype) as writer:
         for row, (first, last) in enumerate(zip(shard.row_starts[:-1], shard.row_starts[1:], strict=True)):
             pieces = []
             for segment, cut in enumerate(shard.cuts[first:last].tolist(), start=1):
@@ -106,31 +133,16 @@ def _write(form: RowFormat, shard: ShardRows) -> ShardRecord:
                     column.append(value)
             packed = pack_row(pieces, form.row_length, form.packing, form.weighting)
             num_tokens += sum(piece.stop - piece.start for piece in pieces)
-            num_trained += int(packed.runs[packed.weights > 0, 0].sum())
+            num_trained += int(packed.trained_lengths.sum())
             writer.add(packed)
-    examples_path = form.out / examples_name(shard.name)
-    with whole_file(examples_path) as file:
-        pq.write_table(pa.table(columns, schema=EXAMPLES_SCHEMA), file, compression="zstd")
-    examples = examples_path.read_bytes()
-    return ShardRecord(
-        shard=ShardInfo(
-            name=shard.name,
-            num_rows=writer.num_rows,
-            num_bytes=writer.num_bytes,
-            sha256=writer.sha256,
-            offsets_at=writer.offsets_at,
-            examples_sha256=hashlib.sha256(examples).hexdigest(),
-        ),
-        examples_bytes=len(examples),
-        num_tokens=num_tokens,
-        num_trained=num_trained,
-        sources={name: SourceCounts(**of) for name, of in counts.items()},
-    )
+    table = pa.table(columns, schema=EXAMPLES_SCHEMA)
+    sources = {name: SourceCounts.model_validate(of) for name, of in counts.items()}
+    return write_examples(writer, table, num_tokens, num_trained, sources)
 
 
 def _piece(form: RowFormat, stores: StoreCache, unit: int, record: int, part: int, start: int, stop: int) -> Piece:
     ref = form.stores[unit]
-    whole = stores[ref.path].record(record)
+    whole = stores[ref.name].record(record)
     if form.packing == "naive":  # rows cut where they end; nothing is fitted
         example = Example(ref.source, whole.key, part, whole.runs)
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +24,10 @@ def visible(text: str, kept: str = "") -> str:
 
 
 def dataset_table(info: DatasetInfo) -> Table:
-    """A line per source: records, kept, rejected, examples, tokens, trained; below it rows and fill."""
+    """A line per source: records, what became of them, examples, tokens, trained; below it why, by source.
+
+    records = kept (whole) + split + truncated + rejected.
+    """
     title = f"{info.name}: {info.num_rows:,} rows of {info.row_length:,}, {fill(info):.2%} full ({info.packing})"
     table = Table(  # Text, as a string is read for markup and a dataset may be called [/x]
         title=Text(visible(title), "table.title"),
@@ -40,8 +45,11 @@ def dataset_table(info: DatasetInfo) -> Table:
     return table
 
 
-HEADINGS = ("source", "records", "kept", "rejected", "left out", "examples", "tokens", "vision", "trained")
-OPTIONAL = ("left out", "vision")  # columns that a terminal need not show where they are all 0
+HEADINGS = (
+    *("source", "records", "kept", "split", "truncated", "rejected"),
+    *("left out", "examples", "tokens", "vision", "trained"),
+)
+OPTIONAL = ("split", "truncated", "left out", "vision")  # columns that a terminal need not show where they are all 0
 
 
 def dataset_card(info: DatasetInfo) -> str:
@@ -76,7 +84,9 @@ def _lines(info: DatasetInfo) -> list[tuple[str, ...]]:
     numbers = [
         (
             of.records,
-            of.records - of.rejected,
+            of.kept,
+            of.split,
+            of.truncated,
             of.rejected,
             of.left_out,
             of.examples,
@@ -94,6 +104,11 @@ def _lines(info: DatasetInfo) -> list[tuple[str, ...]]:
 def _reasons(info: DatasetInfo) -> str:
     if not info.rejected:
         return "No record was rejected, cut or split."
-    return (
-        "Rejected, cut or split: " + ", ".join(f"{reason} {count:,}" for reason, count in info.rejected.items()) + "."
-    )
+    of_sources = {name: of.reasons for name, of in info.sources.items() if of.reasons}
+    if len(info.sources) < 2 or not of_sources:  # an index of before has no reasons by source
+        return f"Rejected, cut or split: {_counted(info.rejected)}."
+    return "Rejected, cut or split: " + "; ".join(f"{name}: {_counted(of)}" for name, of in of_sources.items()) + "."
+
+
+def _counted(reasons: Mapping[str, int]) -> str:
+    return ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())

@@ -1,6 +1,6 @@
 """What both command lines share: exit codes, errors as one line, progress. Imports nothing of the project.
 
-lwm-data: tokenize: 3/12 files, 41% of bytes ...          progress, on stderr
+tokenize: 3/12 units, 2.00/s, 5 s left, 1,204 tokens      progress, on stderr; {"stage": "tokenize", ...} for scripts
 lwm-data: error: demo.yaml:7: ...                         an error, on stderr
 
 exit code   0 done   1 a bug or a failed run   2 the user's input   130 Ctrl-C
@@ -8,10 +8,14 @@ exit code   0 done   1 a bug or a failed run   2 the user's input   130 Ctrl-C
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextvars import ContextVar
 from types import TracebackType
 
 import typer
@@ -75,23 +79,42 @@ def _explain(error: Exception) -> tuple[int, str]:
     return 1, f"{type(error).__name__}: {error} (this is a bug; --debug shows where)"
 
 
+_AS_JSON = ContextVar("progress as JSON lines", default=False)
+
+
+@contextlib.contextmanager
+def progress_as_json(wanted: bool = True) -> Iterator[None]:
+    """While the block lasts, progress is JSON lines, for scripts."""
+    token = _AS_JSON.set(wanted)
+    try:
+        yield
+    finally:
+        _AS_JSON.reset(token)
+
+
 class Progress:
     """Shows how far a loop is, on stderr: a bar in a terminal, otherwise a line at most every LINE_EVERY seconds.
 
     with Progress("tokenize", total=12, unit="files") as progress:
-        progress.advance(1, "1.2M tokens/s")
+        progress.advance(1, "1.2M tokens/s", rejected=3)
+
+    Under `progress_as_json` each line is an object: stage, state (running, done, stopped), done, total, unit, rate (of
+    the unit, a second), eta_s (null where nothing is done), seconds, rejected (records), note.
     """
 
     def __init__(self, name: str, total: int, unit: str) -> None:
         self.name, self.total, self.unit = name, total, unit
-        self.done = 0
+        self.done = self.rejected = 0
         self.note = ""
         self._bar: RichProgress | None = None
+        self._as_json = _AS_JSON.get()
 
     def __enter__(self) -> Progress:
         self._start = self._last = time.monotonic()
         console = Console(stderr=True)
-        if console.is_terminal:
+        if self._as_json:
+            self._print_json("running")
+        elif console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -108,18 +131,24 @@ class Progress:
             print(f"{self.name}: {self.total:,} {self.unit}", file=sys.stderr, flush=True)
         return self
 
-    def advance(self, count: int, note: str = "") -> None:
-        """`count` more are done; `note` (a rate, a loss) stands beside the count."""
+    def advance(self, count: int, note: str = "", rejected: int = 0) -> None:
+        """`count` more are done; `note` (a rate, a loss) stands beside the count; `rejected` more records are bad."""
         self.done += count
         self.note = note or self.note
+        self.rejected += rejected
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, note=self.note, rate=self._rate())
+            self._bar.update(self._task, completed=self.done, note=self._notes(), rate=self._rate())
         elif (now := time.monotonic()) - self._last >= LINE_EVERY:
             self._last = now
-            print(self._line(), file=sys.stderr, flush=True)
+            if self._as_json:
+                self._print_json("running")
+            else:
+                print(self._line(), file=sys.stderr, flush=True)
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
-        if self._bar is not None:
+        if self._as_json:
+            self._print_json("done" if kind is None else "stopped")
+        elif self._bar is not None:
             self._bar.stop()
         elif self.total:
             state = "" if kind is None else " (stopped)"
@@ -133,7 +162,28 @@ class Progress:
 
     def _line(self) -> str:
         seconds = time.monotonic() - self._start
-        left = seconds / self.done * (self.total - self.done) if self.done else 0.0
-        when = f", {left:.0f} s left" if 0 < self.done < self.total else f" in {seconds:.1f} s"
-        note = f", {self.note}" if self.note else ""
+        when = f", {self._seconds_left():.0f} s left" if 0 < self.done < self.total else f" in {seconds:.1f} s"
+        note = f", {notes}" if (notes := self._notes()) else ""
         return f"{self.name}: {self.done:,}/{self.total:,} {self.unit}, {self._rate()}{when}{note}"
+
+    def _notes(self) -> str:
+        return ", ".join(filter(None, (self.note, f"{self.rejected:,} rejected" if self.rejected else "")))
+
+    def _seconds_left(self) -> float:
+        return (time.monotonic() - self._start) / self.done * (self.total - self.done) if self.done else 0.0
+
+    def _print_json(self, state: str) -> None:
+        seconds = time.monotonic() - self._start
+        event = {
+            "stage": self.name,
+            "state": state,
+            "done": self.done,
+            "total": self.total,
+            "unit": self.unit,
+            "rate": round(self.done / max(seconds, 1e-9), 3),
+            "eta_s": round(self._seconds_left(), 1) if self.done else None,
+            "seconds": round(seconds, 3),
+            "rejected": self.rejected,
+            "note": self.note,
+        }
+        print(json.dumps(event), file=sys.stderr, flush=True)

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import sentencepiece
 
-from lwm_data.engine import whole_file
 from lwm_data.format.manifest import quoted
 from lwm_data.format.prompt import CITIES, NEEDLE_DIGITS, needle, needle_answer, needle_prompt
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
 from lwm_data.sources.files import DAMAGED, InputFile, find_files, open_unpacked, read_text
 from lwm_data.sources.json_lines import MAX_LINE
+from lwm_data.whole_file import whole_file
 
 MAX_SENTENCE = 4096  # bytes; the trainer leaves longer lines out, so they are cut at blanks
 

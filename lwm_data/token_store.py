@@ -5,6 +5,7 @@
     key     tokens          run_lengths  run_vision  run_trained  reason       detail
     a.txt   [1 403 77 2]    [1 2 1]      [0 0 0]     [0 1 1]      null         null        a record
     b.txt   []              []           []          []           "not UTF-8"  "byte ..."  a rejection
+    c.txt   [1 5 2]         [1 1 1]      [0 0 0]     [0 1 1]      "no mark"    "no END"    a record with a note
 
 Files are written in batches of bounded size and read through a memory map, so that lengths cost no tokens and a
 record costs its own bytes.
@@ -13,8 +14,9 @@ record costs its own bytes.
 from __future__ import annotations
 
 import bisect
+import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from lwm_data.engine import whole_file
+from lwm_data.folder import DiskFolder, Folder
 from lwm_data.format.example import Run
 from lwm_data.sources.fit import RunShape
 from lwm_data.sources.record import Record, Rejection
+from lwm_data.whole_file import whole_file
 
 BATCH_TOKENS = 1 << 22  # a batch is written once it has this many
 BATCH_RECORDS = 1 << 14
@@ -78,13 +81,13 @@ def _batch(records: list[Record | Rejection]) -> pa.RecordBatch:
             )
         ),
     ]
-    rejections = [record if isinstance(record, Rejection) else None for record in records]
+    told = [(record.reason, record.detail) if isinstance(record, Rejection) else record.note for record in records]
     return pa.record_batch(
         [
             pa.array([record.key for record in records], pa.string()),
             *lists,
-            pa.array([r.reason if r else None for r in rejections], pa.string()),
-            pa.array([r.detail if r else None for r in rejections], pa.string()),
+            pa.array([of[0] if of else None for of in told], pa.string()),
+            pa.array([of[1] if of else None for of in told], pa.string()),
         ],
         schema=SCHEMA,
     )
@@ -94,12 +97,23 @@ class StoreFile:
     """One file of the store, mapped. ValueError where it cannot be read."""
 
     def __init__(self, path: Path) -> None:
-        try:
-            self._map = pa.memory_map(str(path))
-            reader = pa.ipc.open_file(self._map)
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{path}: damaged token store file ({error}); delete it and build again") from error
+        with _damage(path):
+            self._open(pa.ipc.open_file(pa.memory_map(str(path))))
+
+    @classmethod
+    def without_tokens(cls, folder: Folder, name: str) -> StoreFile:
+        """A file of `folder`, for all but `record`: behind a URL, some kB of it are read and no token."""
+        if isinstance(folder, DiskFolder):
+            return cls(folder.path / name)
+        store = cls.__new__(cls)
+        with _damage(f"{folder}/{name}"), folder.open(name) as file:
+            columns = [i for i, field in enumerate(SCHEMA) if field.name != "tokens"]
+            options = pa.ipc.IpcReadOptions(included_fields=columns)
+            store._open(pa.ipc.open_file(pa.PythonFile(file, mode="r"), options=options))
+        return store
+
+    def _open(self, reader: Any) -> None:
+        self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._first = np.cumsum([0, *(batch.num_rows for batch in self._batches)]).tolist()
 
     def __len__(self) -> int:
@@ -108,18 +122,26 @@ class StoreFile:
 
     def lengths(self) -> Int64[np.ndarray, " n"]:
         """The tokens of each record; 0 for a rejection. No token is read."""
-        return np.concatenate(
-            [np.zeros(0, np.int64), *(np.diff(_offsets(batch.column("tokens"))) for batch in self._batches)]
-        )
+        return np.concatenate([np.zeros(0, np.int64), *map(_lengths, self._batches)])
 
     def rejections(self) -> list[Rejection]:
+        return self._told(of_records=False)
+
+    def notes(self) -> list[Rejection]:
+        """What is told of records that are taken all the same."""
+        return self._told(of_records=True)
+
+    def _told(self, of_records: bool) -> list[Rejection]:
         found = []
         for batch in self._batches:
             reasons = batch.column("reason")
             if reasons.null_count == len(reasons):
                 continue
-            rows = zip(batch.column("key"), reasons, batch.column("detail"), strict=True)
-            found += [Rejection(key.as_py(), why.as_py(), detail.as_py()) for key, why, detail in rows if why.is_valid]
+            keys, details = batch.column("key"), batch.column("detail")
+            is_told = np.asarray(reasons.is_valid()) & ((_lengths(batch) > 0) == of_records)
+            found += [
+                Rejection(keys[i].as_py(), reasons[i].as_py(), details[i].as_py()) for i in np.flatnonzero(is_told)
+            ]
         return found
 
     def key(self, record: int) -> str:
@@ -157,23 +179,35 @@ class StoreFile:
 
 
 class StoreCache:
-    """Opened store files, the last OPEN_FILES of them."""
+    """Opened files of a token store, the last OPEN_FILES of them."""
 
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, StoreFile] = OrderedDict()
+    def __init__(self, store: Folder) -> None:
+        self._store = store
+        self._open: OrderedDict[str, StoreFile] = OrderedDict()
 
-    def __getitem__(self, path: Path) -> StoreFile:
-        if path in self._open:
-            self._open.move_to_end(path)
+    def __getitem__(self, name: str) -> StoreFile:
+        if name in self._open:
+            self._open.move_to_end(name)
         else:
             if len(self._open) >= OPEN_FILES:
                 self._open.popitem(last=False)
-            self._open[path] = StoreFile(path)
-        return self._open[path]
+            self._open[name] = StoreFile(self._store.fetch(name))
+        return self._open[name]
 
 
-def _offsets(column: Any) -> np.ndarray:
-    return np.asarray(column.offsets)
+@contextlib.contextmanager
+def _damage(path: Path | str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: damaged token store file ({error}); delete it and build again") from error
+
+
+def _lengths(batch: pa.RecordBatch) -> Int64[np.ndarray, " n"]:
+    """The tokens of each record, from those of its runs."""
+    runs = batch.column("run_lengths")
+    ends = np.concatenate([[0], np.cumsum(np.asarray(runs.values), dtype=np.int64)])
+    return np.diff(ends[np.asarray(runs.offsets)])
 
 
 def _values(column: Any, i: int) -> np.ndarray:

@@ -1,9 +1,8 @@
-"""A dataset's folder while a build works on it.
+"""A dataset's folder, on a disk or behind a URL, while a build works on it.
 
-    out/.work/lock               held by the one build that may write here
-    out/.work/writers            shared by all who write a shard: a worker outlives a killed build for a moment
-    out/.work/fingerprint        of the build that the records belong to
-    out/.work/shard-000000.json  a record: this shard is finished; written after the shard is on disk
+    out/.work/lock               held by the one build that may write here (build_lock.py)
+    out/.work/fingerprint        of the build that the records belong to; empty while those of another are removed
+    out/.work/shard-000000.json  a record: this shard is finished; written after the shard stands
     out/.work/rejected.jsonl     of a plan that is not begun; stays where the build ended there, its message names it
     out/shard-000000.tar ...     finished shards
     out/index.json               not there until everything else is
@@ -16,23 +15,28 @@ can old and new be mixed up. `.work` goes when the index stands.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
-from lwm_data.engine import sync_folder, whole_file
+from lwm_data.build_lock import LOCK, DiskLock, UrlLock
+from lwm_data.folder import REQUESTS, DiskFolder, Folder
 from lwm_data.format.dataset import INDEX, DatasetInfo, ShardInfo, SourceCounts, open_dataset, write_index
+from lwm_data.whole_file import sync_folder, whole_file
 
 WORK = ".work"
+FINGERPRINT = "fingerprint"
+REJECTED = "rejected.jsonl"
 SHARD_FILE = re.compile(r"shard-([0-9]{6,})\.(?:tar|examples\.parquet)")  # all that a build may remove
+RECORD_FILE = re.compile(r"shard-[0-9]{6,}\.json")
+TOKENIZER_FILE = re.compile(r"[^.].*_tokenizer\..*")
 
 
 class ShardRecord(BaseModel):
@@ -51,23 +55,27 @@ def examples_name(shard: str) -> str:
     return shard.removesuffix(".tar") + ".examples.parquet"
 
 
-def refuse_foreign(out: Path) -> None:
+def refuse_foreign(out: Folder | Path) -> None:
     """ValueError where `out` holds something that no build of ours put there."""
-    if out.exists() and not out.is_dir():
+    folder = DiskFolder(out) if isinstance(out, Path) else out
+    if isinstance(folder, DiskFolder) and folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"out: got {out}: a file; wanted a folder, new, empty or of an earlier build")
-    if not out.is_dir() or (out / WORK / "lock").is_file() or _is_ours(out / INDEX):
+    names = folder.names()
+    # .work alone: killed before it had its lock.
+    if not names - {WORK} or (INDEX in names and _is_ours(folder)):
         return
-    if any(path.name != WORK for path in out.iterdir()):  # .work alone: killed before it had its lock
+    # On a disk the lock outlives its build, behind a URL it may not.
+    if WORK not in names or not {LOCK, FINGERPRINT} & folder.child(WORK).sizes().keys():
         raise ValueError(
             f"out: got {out}: not empty and no dataset; wanted a folder, new, empty or of an earlier build; name "
             "another, or empty this one if nothing in it is needed"
         )
 
 
-def _is_ours(index: Path) -> bool:
-    """Whether the file is the index of a build, of whatever version; others write an index.json, too."""
+def _is_ours(folder: Folder) -> bool:
+    """Whether the index there is that of a build, of whatever version; others write an index.json, too."""
     try:
-        raw = json.loads(index.read_bytes())
+        raw = json.loads(folder.read(INDEX))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(raw, dict) and "format_version" in raw and "build_fingerprint" in raw
@@ -76,50 +84,46 @@ def _is_ours(index: Path) -> bool:
 class WorkFolder:
     """The folder `out`, locked for one build; a context manager. ValueError where another build holds it."""
 
-    def __init__(self, out: Path) -> None:
-        self.out, self.work = out, out / WORK
+    def __init__(self, out: Folder | Path) -> None:
+        self.folder: Folder = DiskFolder(out) if isinstance(out, Path) else out
+        self._work = self.folder.child(WORK)
+        self._lock = DiskLock(self._work.path) if isinstance(self._work, DiskFolder) else UrlLock(self._work)
+        self._there: dict[str, int] = {}  # name -> bytes of what stood in `out` when this build began
+        self._recorded: set[str] = set()  # and of the records
+
+    @property
+    def out(self) -> Path:
+        """The folder's path, where it is on a disk."""
+        assert isinstance(self.folder, DiskFolder), f"{self.folder} is not on a disk"
+        return self.folder.path
 
     def __enter__(self) -> WorkFolder:
-        refuse_foreign(self.out)
-        while True:
-            self.work.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock = os.open(self.work / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-            except FileNotFoundError:  # the build before us has just removed .work
-                continue
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(self._lock).st_ino == os.stat(self.work / "lock").st_ino:
-                    break
-            except BlockingIOError:
-                os.close(self._lock)
-                raise ValueError(
-                    f"out: got {self.out}: another build is writing there; wait for it or stop it"
-                ) from None
-            except FileNotFoundError:
-                pass
-            os.close(self._lock)
-        with open(self.work / "writers", "ab") as writers:
-            fcntl.flock(writers, fcntl.LOCK_EX)  # workers of a killed build end by themselves; wait for that
+        refuse_foreign(self.folder)
+        self._lock.acquire()
         self._remove_temporaries()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: object, traceback: TracebackType | None) -> None:
-        if (self.out / INDEX).is_file() and (kind is None or not self.planned_rejected.is_file()):
-            shutil.rmtree(self.work)
-        os.close(self._lock)
+        clear = False
+        try:
+            clear = INDEX in self.folder.names() and (kind is None or REJECTED not in self._work.names())
+        finally:
+            self._lock.release(clear)
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """While the block lasts, no other build begins here, even if this one is killed."""
+        return self._lock.writing()
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """While the block lasts, no other build begins here, even if this one is killed."""
-        with open(self.work / "writers", "ab") as writers:
-            fcntl.flock(writers, fcntl.LOCK_SH)
-            yield
+    def planned_rejected(self) -> Iterator[BinaryIO]:
+        """Where the plan writes rejected.jsonl; `begin` moves it beside the index."""
+        with self._work.writing() as folder, whole_file(folder / REJECTED) as file:
+            yield file
 
     @property
-    def planned_rejected(self) -> Path:
-        """Where the plan writes rejected.jsonl; `begin` moves it beside the index."""
-        return self.work / "rejected.jsonl"
+    def planned_rejected_name(self) -> str:
+        """Where that file is, for a person."""
+        return f"{self._work}/{REJECTED}"
 
     def finished(self, fingerprint: str) -> DatasetInfo | None:
         """The index, where the dataset is whole and of this fingerprint.
@@ -127,17 +131,20 @@ class WorkFolder:
         Small files by their hashes, shards by their sizes: to read them all is what `check` is for.
         """
         try:
-            dataset = open_dataset(self.out)
+            dataset = open_dataset(str(self.folder))
             info = dataset.info
             if info.build_fingerprint != fingerprint:
                 return None
-            whole = all(
-                (self.out / shard.name).stat().st_size == shard.num_bytes
-                and _sha256(self.out / examples_name(shard.name)) == shard.examples_sha256
-                for shard in info.shards
+            sizes = self.folder.sizes()
+            whole = {REJECTED, "README.md"} <= sizes.keys() and all(
+                sizes.get(shard.name) == shard.num_bytes for shard in info.shards
             )
-            whole = whole and all((self.out / name).is_file() for name in ("rejected.jsonl", "README.md"))
-            return info if whole and dataset.text_tokenizer.fingerprint == info.tokenizer_fingerprint else None
+            if not whole or dataset.text_tokenizer.fingerprint != info.tokenizer_fingerprint:
+                return None
+            with ThreadPoolExecutor(REQUESTS) as threads:
+                tables = threads.map(lambda shard: self._sha256(examples_name(shard.name)), info.shards)
+                whole = all(got == shard.examples_sha256 for got, shard in zip(tables, info.shards, strict=True))
+            return info if whole else None
         except (ValueError, FileNotFoundError):
             return None
 
@@ -146,58 +153,57 @@ class WorkFolder:
 
         The plan must stand: from here on there is no dataset until `finish`.
         """
-        (self.out / INDEX).unlink(missing_ok=True)
-        sync_folder(self.out)
-        marker = self.work / "fingerprint"
-        if not marker.is_file() or marker.read_text() != fingerprint:
-            marker.unlink(missing_ok=True)
+        self._lock.check()
+        self.folder.remove([INDEX])
+        work = self._work.sizes()
+        if FINGERPRINT not in work or self._work.read(FINGERPRINT) != fingerprint.encode():
+            self._write(FINGERPRINT, b"")
             self._keep_shards(0)
-            for path in [*self.work.glob("shard-*.json"), *self.out.glob("*_tokenizer.*")]:
-                path.unlink()
-            sync_folder(self.out)
-            with whole_file(marker) as file:
-                file.write(fingerprint.encode())
-        os.replace(self.planned_rejected, self.out / "rejected.jsonl")
+            self.folder.remove(name for name in self.folder.sizes() if TOKENIZER_FILE.fullmatch(name))
+            self._work.remove(name for name in work if RECORD_FILE.fullmatch(name))
+            self._write(FINGERPRINT, fingerprint.encode())
+        self._work.move(REJECTED, self.folder)
+        self._there = self.folder.sizes()
+        self._recorded = set(self._work.sizes())
 
     def record(self, shard: str) -> ShardRecord | None:
-        """The record of a shard that is finished and still there."""
-        try:
-            record = ShardRecord.model_validate_json(self._record_path(shard).read_bytes())
-            whole = (self.out / shard).stat().st_size == record.shard.num_bytes and (
-                self.out / examples_name(shard)
-            ).stat().st_size == record.examples_bytes
-        except FileNotFoundError:
+        """The record of a shard that was finished, and still there, when this build began."""
+        sizes = self._there.get(shard), self._there.get(examples_name(shard))
+        if None in sizes or _record_name(shard) not in self._recorded:
             return None
-        return record if whole else None
+        record = ShardRecord.model_validate_json(self._work.read(_record_name(shard)))
+        return record if sizes == (record.shard.num_bytes, record.examples_bytes) else None
 
     def write_record(self, record: ShardRecord) -> None:
-        """Note that a shard is finished; its files must be on disk."""
-        sync_folder(self.out)
-        with whole_file(self._record_path(record.shard.name)) as file:
-            file.write(record.model_dump_json().encode())
+        """Note that a shard is finished; its files must stand."""
+        if isinstance(self.folder, DiskFolder):
+            sync_folder(self.folder.path)
+        self._write(_record_name(record.shard.name), record.model_dump_json().encode())
 
     def finish(self, info: DatasetInfo) -> None:
         """Remove what does not belong to the dataset and write the index: from here on it is one."""
         self._keep_shards(len(info.shards))
-        sync_folder(self.out)
-        write_index(self.out, info)
-        sync_folder(self.out)
+        self._lock.check()
+        with self.folder.writing() as folder:
+            write_index(folder, info)
+
+    def _write(self, name: str, data: bytes) -> None:
+        with self._work.writing() as folder, whole_file(folder / name) as file:
+            file.write(data)
 
     def _remove_temporaries(self) -> None:
-        for folder in (self.out, self.work):
-            for path in folder.glob(".*.tmp"):
-                path.unlink(missing_ok=True)
+        if isinstance(self.folder, DiskFolder):
+            for folder in (self.folder.path, self.folder.path / WORK):
+                for path in folder.glob(".*.tmp"):
+                    path.unlink(missing_ok=True)
 
-    def _record_path(self, shard: str) -> Path:
-        return self.work / (shard.removesuffix(".tar") + ".json")
+    def _sha256(self, name: str) -> str:
+        return hashlib.sha256(self.folder.read(name)).hexdigest()
 
     def _keep_shards(self, num_shards: int) -> None:
-        for path in self.out.glob("shard-*"):
-            match = SHARD_FILE.fullmatch(path.name)
-            if match is not None and int(match[1]) >= num_shards:
-                path.unlink()
+        matches = (SHARD_FILE.fullmatch(name) for name in self.folder.sizes())
+        self.folder.remove(match[0] for match in matches if match is not None and int(match[1]) >= num_shards)
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _record_name(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".json"

@@ -19,7 +19,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from lwm_data.format.dataset import Dataset, DatasetInfo, SourceCounts, open_dataset, write_index
+from lwm_data.format.dataset import FORMAT_VERSION, Dataset, DatasetInfo, SourceCounts, open_dataset, write_index
 from lwm_data.format.shard import rows_per_page
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
 
@@ -88,6 +88,7 @@ def project(tmp_path: Path, corpus_text: str) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def dataset_of(demo_tokenizer: TextTokenizer) -> Callable[..., Dataset]:
     """dataset_of(folder, records, row_length=..., ...) packs records, by the build's own parts, and opens them."""
+    from lwm_data.folder import DiskFolder
     from lwm_data.pack import best_fit, concatenate_and_cut
     from lwm_data.shard_rows import RowFormat, ShardRows, StoreRef, write_shard_rows
     from lwm_data.sources.record import Record
@@ -109,8 +110,8 @@ def dataset_of(demo_tokenizer: TextTokenizer) -> Callable[..., Dataset]:
             rows = [[(i, 0, int(lengths[i])) for i in row] for row in best_fit(lengths, row_length)]
         else:
             rows = list(concatenate_and_cut(lengths, row_length))
-        store = StoreRef(folder / "store.arrow", "made", "error")
-        form = RowFormat(out, (store,), row_length, "uint16", packing, weighting)
+        store = StoreRef("store.arrow", "made", "error")
+        form = RowFormat(DiskFolder(out), DiskFolder(folder), (store,), row_length, "uint16", packing, weighting)
         shards = []
         for number, at in enumerate(range(0, len(rows), rows_per_shard)):
             held = rows[at : at + rows_per_shard]
@@ -123,7 +124,7 @@ def dataset_of(demo_tokenizer: TextTokenizer) -> Callable[..., Dataset]:
         write_index(
             out,
             DatasetInfo(
-                format_version=1,
+                format_version=FORMAT_VERSION,
                 name="made",
                 row_length=row_length,
                 rows_per_page=rows_per_page(row_length, np.dtype(np.uint16)),

@@ -34,6 +34,7 @@ from lwm_data.format.index import (
 )
 from lwm_data.format.packed import Arrays, PackedSequence, RunTables, derive, row_of
 from lwm_data.format.ranges import LocalRanges, open_ranges
+from lwm_data.format.shard import runs_dtype
 from lwm_data.format.shard_reader import MappedShard, Shard
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
 
@@ -140,7 +141,8 @@ class Dataset:
         shard.will_need(row_there, start, stop)  # a disk reads tokens and run tables at the same time
         tokens = np.empty(stop - start, self._dtype)
         shard.read_tokens(row_there, start, tokens)
-        return PackedSequence(tokens, *shard.read_runs(row_there))
+        runs, weights = shard.read_runs(row_there)
+        return PackedSequence(tokens, runs.astype(np.uint32), weights)
 
     def _find_all(self, rows: RowNumbers, start: int, stop: int | None) -> tuple[Numbers, Numbers, int]:
         """The shard of each row, its number in that shard, and `stop`."""
@@ -197,8 +199,10 @@ class Dataset:
                 f"{self.url}/{of.name}: {ranges.num_bytes:,} bytes, the index says {of.num_bytes:,}: a truncated or "
                 "changed shard; build again"
             )
-        form = (self.info.row_length, self._dtype, self.info.rows_per_page, of.num_rows, of.offsets_at)
-        if isinstance(ranges, LocalRanges) and self.info.row_length * self._dtype.itemsize <= MAPPED_BYTES:
+        length = self.info.row_length
+        dtypes = (self._dtype, runs_dtype(length, self.info.format_version))
+        form = (length, *dtypes, self.info.rows_per_page, of.num_rows, of.offsets_at)
+        if isinstance(ranges, LocalRanges) and length * self._dtype.itemsize <= MAPPED_BYTES:
             return MappedShard(ranges, *form)
         return Shard(ranges, *form)
 

@@ -4,54 +4,84 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
 
 from lwm_data.format.atomic import write_whole
 from lwm_data.format.packed import LossWeighting, Packing
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2  # that is written; all before are read
 INDEX = "index.json"
+TRUNCATED = ("truncated", "thinned")  # reasons of records that are one example, and not whole
 
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ShardInfo(_Frozen):
-    """What the index holds of one shard. `offsets_at`: where the data of `__offsets__` begin in the tar."""
+@dataclass(frozen=True, slots=True, kw_only=True, config=ConfigDict(extra="forbid"))
+class ShardInfo:
+    """What the index holds of one shard. `offsets_at`: where the data of `__offsets__` begin in the tar.
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")
-    num_rows: int = Field(ge=1)
-    num_bytes: int = Field(ge=1)
+    A dataclass with slots, since an index may have 100,000 of them, which as models take twice the memory.
+    """
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\.tar$")]
+    num_rows: Annotated[int, Field(ge=1)]
+    num_bytes: Annotated[int, Field(ge=1)]
     sha256: str
-    offsets_at: int = Field(ge=0)
+    offsets_at: Annotated[int, Field(ge=0)]
     examples_sha256: str
 
 
 class SourceCounts(_Frozen):
     """Of one source: records read and rejected, examples made of the others, and their tokens.
 
-    left_out: examples that are in no row, since the shares of the sources ask for fewer.
+    left_out: examples that are in no row, since the shares of the sources ask for fewer. reasons: as `rejected` of the
+    whole dataset: why records were rejected, split or truncated.
     """
 
     records: int = 0
     rejected: int = 0
+    reasons: dict[str, int] = Field(default={}, description="reason -> records")
     left_out: int = 0
     examples: int = 0
     tokens: int = 0
     vision_tokens: int = 0
     trained_tokens: int = 0
 
+    @property
+    def split(self) -> int:
+        """Records that are several examples."""
+        return self.reasons.get("split", 0)
+
+    @property
+    def truncated(self) -> int:
+        """Records of which one example is left that is not the whole."""
+        return sum(self.reasons.get(reason, 0) for reason in TRUNCATED)
+
+    @property
+    def kept(self) -> int:
+        """Records that are one example, whole."""
+        return self.records - self.rejected - self.split - self.truncated
+
+    def __add__(self, other: SourceCounts) -> SourceCounts:
+        numbers = [name for name in SourceCounts.model_fields if name != "reasons"]
+        reasons = Counter(self.reasons) + Counter(other.reasons)
+        sums = {name: getattr(self, name) + getattr(other, name) for name in numbers}
+        return SourceCounts(reasons=dict(sorted(reasons.items())), **sums)
+
 
 class DatasetInfo(_Frozen):
     """index.json."""
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     name: str
     row_length: int = Field(ge=2, lt=1 << 31)
     rows_per_page: int = Field(ge=1)
@@ -117,9 +147,9 @@ def read_index(url: str) -> DatasetInfo:
     if not isinstance(raw, dict) or "format_version" not in raw:
         raise ValueError(f"{path}: no format_version: not the index of a dataset")
     version = raw["format_version"]
-    if version != FORMAT_VERSION:
+    if version not in range(1, FORMAT_VERSION + 1):
         raise ValueError(
-            f"{path}: format_version: got {version!r}; this version of lwm reads {FORMAT_VERSION}; update lwm"
+            f"{path}: format_version: got {version!r}; this version of lwm reads 1 to {FORMAT_VERSION}; update lwm"
         )
     try:
         return DatasetInfo.model_validate(raw)

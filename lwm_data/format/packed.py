@@ -3,11 +3,18 @@
     two examples, "ab|CD" (CD trained) and "e|F" (F trained), with BOS `^` and EOS `$`, in a row of 10:
 
     tokens         ^  a  b  C  D  $  ^  e  F  .
-    runs           ------0  ------1  ---0  -2 -0    one weight each: 0, 1/3, 0, 1, 0 (loss_weighting: example)
+    runs           |-----|  |-----|  |--|  |  |     one weight each: 0, 1/3, 0, 1, 0 (loss_weighting: example)
     segment_ids    1  1  1  1  1  1  2  2  2  0     0 is padding
     position_ids   0  1  2  3  4  5  0  1  2  0     restart in each segment
     vision_mask    0  0  0  0  0  0  0  0  0  0
-    loss_weights   0  0  0 1/3 1/3 1/3 0  0  1  0   of the token that is predicted, never of a segment's first
+    loss_weights   0  0  0 1/3 1/3 1/3 0  0  1  0   of the token that is predicted
+
+A segment's first token weighs 0 whatever its run says, since nothing predicts it. So a plain text, all of it trained
+but its BOS, is one run:
+
+    tokens         ^  a  b  C  D  $
+    run            |--------------|                 its weight is 1/5
+    loss_weights   0 1/5 1/5 1/5 1/5 1/5
 
 Under `loss_weighting: example` the weights of one example sum to 1, so that sum(w * ce) / sum(w) over a packed
 batch is the mean over examples of each example's mean loss: the paper's masked sequence packing (arXiv
@@ -24,7 +31,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypedDict
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt32
+from jaxtyping import Bool, Float32, Int32, Int64, Integer, UInt, UInt32
 
 from lwm_data.format.example import Example
 
@@ -59,12 +66,19 @@ class PackedSequence:
 
     tokens: of any integer dtype, 0 in padding.
     runs: uint32[n, 3]: length, segment, vision (0 or 1); the lengths sum to the row's; padding is a run of segment 0.
-    weights: float32[n]: the loss weight of each token of the run.
+    weights: float32[n]: the loss weight of each token of the run, but for a segment's first token, which has 0.
     """
 
     tokens: np.ndarray
     runs: UInt32[np.ndarray, "n 3"]
     weights: Float32[np.ndarray, " n"]
+
+    @property
+    def trained_lengths(self) -> Int64[np.ndarray, " n"]:
+        """Of each run, its tokens of loss weight above 0."""
+        lengths, segments, _ = self.runs.astype(np.int64).T
+        trained: np.ndarray = (lengths - (np.diff(segments, prepend=0) != 0)) * (self.weights > 0)
+        return trained
 
     def arrays(self, start: int = 0, stop: int | None = None) -> Arrays:
         """The five arrays of tokens start..stop of the row."""
@@ -75,12 +89,12 @@ class PackedSequence:
 class RunTables(NamedTuple):
     """The runs of whole rows, one row after another: the next num_runs[i] of `runs` and `weights` are row i's."""
 
-    runs: UInt32[np.ndarray, "n 3"]
+    runs: UInt[np.ndarray, "n 3"]
     weights: Float32[np.ndarray, " n"]
     num_runs: Int64[np.ndarray, " rows"]
 
     @staticmethod
-    def of(rows: Sequence[tuple[UInt32[np.ndarray, "n 3"], Float32[np.ndarray, " n"]]]) -> RunTables:
+    def of(rows: Sequence[tuple[UInt[np.ndarray, "n 3"], Float32[np.ndarray, " n"]]]) -> RunTables:
         """The tables of rows given as (runs, weights)."""
         runs, weights = zip(*rows, strict=True)
         return RunTables(np.concatenate(runs), np.concatenate(weights), np.array([len(of_row) for of_row in runs]))
@@ -101,22 +115,31 @@ def pack_row(pieces: Sequence[Piece], row_length: int, packing: Packing, weighti
             begin += len(run.tokens)
             if not len(part):
                 continue
-            segment = number if packing == "masked" else 1
             tokens[at : at + len(part)] = part
-            if at == 0 and run.trained:  # a naive row can begin inside an example; nothing predicts its first token
-                runs.append((1, segment, int(run.is_vision)))
-                weights.append(0.0)
-                part = part[1:]
-                at += 1
-            if len(part):
-                runs.append((len(part), segment, int(run.is_vision)))
-                weights.append(weight if run.trained else 0.0)
+            runs.append((len(part), number if packing == "masked" else 1, int(run.is_vision)))
+            weights.append(weight if run.trained else 0.0)
             at += len(part)
     assert at <= row_length, f"{at} tokens in a row of {row_length}"
     if at < row_length:
         runs.append((row_length - at, 0, 0))
         weights.append(0.0)
-    return PackedSequence(tokens, np.array(runs, np.uint32).reshape(-1, 3), np.array(weights, np.float32))
+    return PackedSequence(tokens, *merge_runs(np.array(runs, np.uint32), np.array(weights, np.float32)))
+
+
+def merge_runs(
+    runs: UInt32[np.ndarray, "n 3"], weights: Float32[np.ndarray, " n"]
+) -> tuple[UInt32[np.ndarray, "m 3"], Float32[np.ndarray, " m"]]:
+    """The fewest runs and weights that give a row the same arrays: neighbours that are alike become one.
+
+    A run that is nothing but a segment's first token is like any other of its modality, as its weight says nothing.
+    """
+    continues = runs[1:, 1] == runs[:-1, 1]
+    is_first_token = (runs[:-1, 0] == 1) & np.append(True, ~continues[:-1])
+    alike = continues & (runs[1:, 2] == runs[:-1, 2]) & (is_first_token | (weights[1:] == weights[:-1]))
+    begins = np.flatnonzero(np.append(True, ~alike))
+    merged = runs[begins]
+    merged[:, 0] = np.add.reduceat(runs[:, 0], begins)
+    return merged, weights[np.append(begins[1:], len(runs)) - 1]
 
 
 def derive(tokens: Integer[np.ndarray, "rows length"], tables: RunTables, row_length: int, start: int) -> Arrays:
@@ -144,6 +167,9 @@ def derive(tokens: Integer[np.ndarray, "rows length"], tables: RunTables, row_le
     position_ids = np.repeat((start - segment_begins).astype(np.int32), inside).reshape(shape)
     _count_on(position_ids)
     ends_inside = np.cumsum(inside)
+    loss_weights = np.repeat(weights.astype(np.float32, copy=False), inside).reshape(shape)
+    first_tokens = is_start & (begins >= start) & (inside > 0)
+    loss_weights.reshape(-1)[(ends_inside - inside)[first_tokens]] = 0
     for run in np.flatnonzero(segments == 0).tolist():
         position_ids.reshape(-1)[ends_inside[run] - inside[run] : ends_inside[run]] = 0
     return Arrays(
@@ -151,7 +177,7 @@ def derive(tokens: Integer[np.ndarray, "rows length"], tables: RunTables, row_le
         vision_mask=np.repeat(runs[:, 2] != 0, inside).reshape(shape),
         segment_ids=np.repeat(segments, inside).reshape(shape),
         position_ids=position_ids,
-        loss_weights=np.repeat(weights.astype(np.float32, copy=False), inside).reshape(shape),
+        loss_weights=loss_weights,
     )
 
 

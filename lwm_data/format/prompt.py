@@ -77,11 +77,14 @@ def needle_prompt(context: str, cities: list[str]) -> str:
     )
 
 
-def chat_runs(tokenizer: TextTokenizer, turns: list[tuple[str, str]]) -> tuple[Run, ...]:
-    """Runs of a chat of (user, assistant) turns; the assistant's words and the EOS after them are trained."""
+def chat_runs(tokenizer: TextTokenizer, turns: list[tuple[str, str]], system: str = SYSTEM) -> tuple[Run, ...]:
+    """Runs of a chat of (user, assistant) turns; the assistant's words and the EOS after them are trained.
+
+    system: what stands before the first turn.
+    """
     parts = []
     for i, (user, assistant) in enumerate(turns):
-        prompt = f"{SYSTEM} USER: {user} ASSISTANT:" if i == 0 else f"USER: {user} ASSISTANT:"
+        prompt = f"{system} USER: {user} ASSISTANT:" if i == 0 else f"USER: {user} ASSISTANT:"
         if i:
             parts.append((np.array([tokenizer.eos], np.int32), True))
         parts += [(tokenizer.encode(prompt), False), (tokenizer.encode(assistant), True)]

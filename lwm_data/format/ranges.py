@@ -18,6 +18,8 @@ from pathlib import PurePosixPath
 
 import fsspec
 
+from lwm_data.format.retry import retried
+
 
 class LocalRanges:
     """A file on a disk, by `pread`. Descriptor and map are closed with the object."""
@@ -64,14 +66,26 @@ class LocalRanges:
 
 
 class RemoteRanges:
-    """A file over an fsspec URL, by ranged requests; methods as those of LocalRanges."""
+    """A file over an fsspec URL, by ranged requests; methods as those of LocalRanges.
+
+    ValueError where the server does not tell the file's size, or sends more than the range: not every HTTP server has
+    ranges, and whole shards for slices would look like a slow success.
+    """
 
     def __init__(self, url: str) -> None:
         self._fs, self._path = fsspec.core.url_to_fs(url)
-        self.num_bytes = int(self._fs.size(self._path))
+        size = retried(lambda: self._fs.size(self._path))
+        if size is None:
+            raise ValueError(f"{url}: the server does not tell its size; use one that does, or copy it to a disk")
+        self.num_bytes = int(size)
 
     def read(self, start: int, stop: int) -> bytes:
-        data = bytes(self._fs.cat_file(self._path, start=start, end=stop))
+        data = bytes(retried(lambda: self._fs.cat_file(self._path, start=start, end=stop)))
+        if len(data) > stop - start:
+            raise ValueError(
+                f"{self._path}: got {len(data):,} bytes; wanted {stop - start:,} at {start:,}: the server does not "
+                "serve ranges of a file; use one that does, or copy the dataset to a disk"
+            )
         if len(data) != stop - start:
             raise ValueError(f"{self._path}: {len(data):,} of {stop - start:,} bytes at {start:,}: truncated")
         return data

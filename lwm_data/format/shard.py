@@ -1,7 +1,7 @@
 """One shard: a WebDataset tar whose samples are pages of consecutive rows.
 
     00000000.tokens.npy      uint16 or uint32 [P, L]   rows of the page, raw, so that a slice of a row is one range
-    00000000.runs.npy        uint32 [n, 3]             length, segment, vision of the rows' runs in turn
+    00000000.runs.npy        uint16 or uint32 [n, 3]   length, segment, vision of the rows' runs in turn
     00000000.weights.npy     float32 [n]               loss weight of each run
     00000000.row_starts.npy  uint32 [P + 1]            row r owns runs[row_starts[r] : row_starts[r + 1]]
     00000001.tokens.npy      ...
@@ -26,6 +26,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from lwm_data.format.index import FORMAT_VERSION
 from lwm_data.format.packed import PackedSequence
 
 PAGE_BYTES = 1 << 20  # of tokens
@@ -37,6 +38,11 @@ PAGES_AHEAD = 2  # pages that may wait for their hash
 def rows_per_page(row_length: int, dtype: np.dtype) -> int:
     """P: the rows of `row_length` tokens whose tokens fill about PAGE_BYTES."""
     return max(1, PAGE_BYTES // (row_length * dtype.itemsize))
+
+
+def runs_dtype(row_length: int, format_version: int) -> np.dtype:
+    """Of `runs`: since version 2 uint16 where a row's lengths and segments fit it, uint32 everywhere before."""
+    return np.dtype("<u2" if format_version >= 2 and row_length < 1 << 16 else "<u4")
 
 
 class ShardWriter:
@@ -51,6 +57,7 @@ class ShardWriter:
         self.num_rows = self.num_bytes = self.offsets_at = 0
         self.sha256 = ""
         self._page_rows = rows_per_page(row_length, dtype)
+        self._runs_dtype = runs_dtype(row_length, FORMAT_VERSION)
         self._begin_page()
         self._offsets: list[list[int]] = []
         self._hash = hashlib.sha256()
@@ -102,7 +109,7 @@ class ShardWriter:
         name = f"{len(self._offsets):08d}"
         page = {
             "tokens": self._tokens[: len(self._runs)],
-            "runs": np.concatenate(self._runs).astype("<u4", copy=False),
+            "runs": np.concatenate(self._runs).astype(self._runs_dtype, copy=False),
             "weights": np.concatenate(self._weights).astype("<f4", copy=False),
             "row_starts": np.cumsum([0, *map(len, self._runs)]).astype("<u4"),
         }

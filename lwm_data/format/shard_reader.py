@@ -10,7 +10,7 @@ cache is read in blocks of 4 kB one after another, unless `will_need` had it loa
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float32, Int64, Integer, UInt32
+from jaxtyping import Float32, Int64, Integer, UInt
 
 from lwm_data.format.packed import RunTables
 from lwm_data.format.ranges import LocalRanges, RemoteRanges
@@ -21,7 +21,8 @@ BLOCK = 1 << 17  # tokens
 class Shard:
     """The rows of one shard.
 
-    page_rows: P of shard.py. at: where the data of `__offsets__` begin; both stand in the dataset's index.
+    runs_dtype: of the runs in the file. page_rows: P of shard.py. at: where the data of `__offsets__` begin; both
+    stand in the dataset's index.
     """
 
     def __init__(
@@ -29,10 +30,12 @@ class Shard:
         ranges: LocalRanges | RemoteRanges,
         row_length: int,
         dtype: np.dtype,
+        runs_dtype: np.dtype,
         page_rows: int,
         num_rows: int,
         at: int,
     ) -> None:
+        self._runs_dtype = runs_dtype
         self._ranges, self._row_length, self._dtype = ranges, row_length, dtype
         self._page_rows, self._num_rows = page_rows, num_rows
         num_pages = -(-num_rows // page_rows)
@@ -54,7 +57,7 @@ class Shard:
             self._ranges.read_into(at + begin * self._dtype.itemsize, read.data.cast("B"))
             out[begin : begin + BLOCK] = read
 
-    def read_runs(self, row: int) -> tuple[UInt32[np.ndarray, "n 3"], Float32[np.ndarray, " n"]]:
+    def read_runs(self, row: int) -> tuple[UInt[np.ndarray, "n 3"], Float32[np.ndarray, " n"]]:
         """Runs and weights of the whole row."""
         page, r = divmod(row, self._page_rows)
         begin, end = self._tables_of(page)
@@ -65,7 +68,8 @@ class Shard:
         _, runs_at, weights_at, row_starts_at = self._offsets[page]
         first, last = np.frombuffer(tables, "<u4", 2, row_starts_at - begin + 4 * r).tolist()
         self._check_runs(last - first)
-        runs = np.frombuffer(tables, "<u4", 3 * (last - first), runs_at - begin + 12 * first).reshape(-1, 3)
+        run_at = runs_at - begin + 3 * first * self._runs_dtype.itemsize
+        runs = np.frombuffer(tables, self._runs_dtype, 3 * (last - first), run_at).reshape(-1, 3)
         return runs, np.frombuffer(tables, "<f4", last - first, weights_at - begin + 4 * first)
 
     def will_need(self, row: int, start: int, stop: int) -> None:
@@ -96,25 +100,34 @@ class MappedShard(Shard):
     """The rows of one shard, from the mapped file."""
 
     def __init__(
-        self, ranges: LocalRanges, row_length: int, dtype: np.dtype, page_rows: int, num_rows: int, at: int
+        self,
+        ranges: LocalRanges,
+        row_length: int,
+        dtype: np.dtype,
+        runs_dtype: np.dtype,
+        page_rows: int,
+        num_rows: int,
+        at: int,
     ) -> None:
-        super().__init__(ranges, row_length, dtype, page_rows, num_rows, at)
+        super().__init__(ranges, row_length, dtype, runs_dtype, page_rows, num_rows, at)
         self._pages = np.array(self._offsets, np.int64)
         self._tokens = np.frombuffer(ranges.mapped, dtype, ranges.num_bytes // dtype.itemsize)
         self._words = np.frombuffer(ranges.mapped, "<u4", ranges.num_bytes // 4)
         self._floats = self._words.view("<f4")
+        self._runs = np.frombuffer(ranges.mapped, runs_dtype, ranges.num_bytes // runs_dtype.itemsize)
 
     def read_tokens(self, row: int, start: int, out: Integer[np.ndarray, " length"]) -> None:
         at = self._token_at(row, start) // self._dtype.itemsize
         out[:] = self._tokens[at : at + len(out)]
 
-    def read_runs(self, row: int) -> tuple[UInt32[np.ndarray, "n 3"], Float32[np.ndarray, " n"]]:
+    def read_runs(self, row: int) -> tuple[UInt[np.ndarray, "n 3"], Float32[np.ndarray, " n"]]:
         page, r = divmod(row, self._page_rows)
         _, runs_at, weights_at, row_starts_at = self._offsets[page]
         at = row_starts_at // 4 + r
         first, last = self._words[at : at + 2].tolist()
         self._check_runs(last - first)
-        runs = self._words[runs_at // 4 + 3 * first : runs_at // 4 + 3 * last].reshape(-1, 3)
+        at = runs_at // self._runs_dtype.itemsize
+        runs = self._runs[at + 3 * first : at + 3 * last].reshape(-1, 3)
         return runs, self._floats[weights_at // 4 + first : weights_at // 4 + last]
 
     def gather_tokens(
@@ -131,11 +144,11 @@ class MappedShard(Shard):
     def gather_runs(self, rows: Int64[np.ndarray, " rows"]) -> RunTables:
         """Run tables of some rows, likewise."""
         page, r = np.divmod(rows, self._page_rows)
-        _, runs_at, weights_at, row_starts_at = self._pages[page].T // 4
+        _, runs_at, weights_at, row_starts_at = (self._pages[page] // (1, self._runs_dtype.itemsize, 4, 4)).T
         firsts = self._words[row_starts_at + r].astype(np.int64)
         num_runs = self._words[row_starts_at + r + 1] - firsts
         self._check_runs(int(num_runs.min()), int(num_runs.max()))
-        runs = self._words[_stretches(runs_at + 3 * firsts, 3 * num_runs)].reshape(-1, 3)
+        runs = self._runs[_stretches(runs_at + 3 * firsts, 3 * num_runs)].reshape(-1, 3)
         return RunTables(runs, self._floats[_stretches(weights_at + firsts, num_runs)], num_runs)
 
 

@@ -6,7 +6,7 @@ b.arrow      image {bytes, path} | text       row.fields["caption"], row.value("
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,6 +38,10 @@ class Row:
         """The value of a column, as pyarrow's scalar: large bytes need not be copied to be looked at."""
         return self.batch.column(name)[self.at]
 
+    def num_bytes(self) -> int:
+        """Of all its values, from their offsets."""
+        return int(self.batch.slice(self.at, 1).nbytes)
+
 
 def field_value(table: pa.RecordBatch | pa.Table, name: str, at: int) -> Any:
     """The value of column `name` in row `at`; None where there is no such column. UnreadableField."""
@@ -55,11 +59,13 @@ def field_value(table: pa.RecordBatch | pa.Table, name: str, at: int) -> Any:
         raise UnreadableField("wrong field", f"{name}: {type(error).__name__}: {error}") from None
 
 
-def read_rows(file: InputFile, batch_rows: int = PICTURES_BATCH) -> Iterator[Row | Rejection]:
-    """The rows of `file`; a last rejection where it is damaged."""
+def read_rows(
+    file: InputFile, batch_rows: int = PICTURES_BATCH, columns: Collection[str] | None = None
+) -> Iterator[Row | Rejection]:
+    """The rows of `file`; a last rejection where it is damaged. columns: those that are wanted, else all."""
     number = 0
     try:
-        for batch in _batches(file, batch_rows):
+        for batch in _batches(file, batch_rows, columns):
             _ = batch.schema.names  # that they are UTF-8, nobody has checked
             for at in range(len(batch)):
                 yield Row(number, batch, at)
@@ -75,12 +81,13 @@ def damaged(key: str, error: Exception) -> Rejection:
     return Rejection(key, "damaged", f"{' '.join(str(error).split())[:300]}; the rest is not read")
 
 
-def _batches(file: InputFile, batch_rows: int) -> Iterator[pa.RecordBatch]:
+def _batches(file: InputFile, batch_rows: int, columns: Collection[str] | None) -> Iterator[pa.RecordBatch]:
     with open_unpacked(file.path) as raw:
         if file.path.lower().endswith(".parquet"):
             # Pages are read as they are needed, not whole row groups ahead: those of pictures have gigabytes.
             parquet = pq.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
-            yield from parquet.iter_batches(batch_size=batch_rows)
+            wanted = None if columns is None else [name for name in parquet.schema_arrow.names if name in columns]
+            yield from parquet.iter_batches(batch_size=batch_rows, columns=wanted)
             return
         start = raw.read(6)
         raw.seek(0)
@@ -92,6 +99,8 @@ def _batches(file: InputFile, batch_rows: int) -> Iterator[pa.RecordBatch]:
         else:  # what `datasets` writes
             batches = iter(pa.ipc.open_stream(mapped))
         for batch in batches:
+            if columns is not None:
+                batch = batch.select([i for i, name in enumerate(batch.schema.names) if name in columns])
             for column in batch.columns:
                 # Damaged offsets would be followed to anywhere. That a text is UTF-8 is asked row by row.
                 is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)

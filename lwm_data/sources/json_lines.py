@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lwm_data.sources.files import DAMAGED, InputFile, open_unpacked
+from lwm_data.sources.files import BLOCK, DAMAGED, InputFile, open_unpacked
 from lwm_data.sources.record import Rejection
 
 MAX_LINE = 64 << 20  # bytes
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,16 @@ class JsonLine:
 
 
 def read_json_lines(file: InputFile) -> Iterator[JsonLine | Rejection]:
-    """What is in each line of `file` that is not blank. A line too long, or damage, ends the file."""
+    """What is in each line of `file` that is not blank. A line too long is passed over; damage ends the file."""
+    for line in read_lines(file):
+        if isinstance(line, Rejection):
+            yield line
+        else:
+            yield _parse(line[1], line[0])
+
+
+def read_lines(file: InputFile) -> Iterator[tuple[str, bytes] | Rejection]:
+    """The key and the bytes of each line of `file` that is not blank; none of them is longer than MAX_LINE."""
     number = 0
     try:
         with open_unpacked(file.path) as lines:
@@ -35,10 +45,12 @@ def read_json_lines(file: InputFile) -> Iterator[JsonLine | Rejection]:
                 number += 1
                 key = f"{file.key}:{number}"
                 if len(line) > MAX_LINE:
-                    yield Rejection(key, "damaged", f"a line of more than {MAX_LINE:,} bytes; the rest is not read")
-                    return
-                if line.strip():
-                    yield _parse(line, key)
+                    num_bytes = len(line)
+                    while not line.endswith(b"\n") and (line := lines.readline(BLOCK)):
+                        num_bytes += len(line)
+                    yield Rejection(key, "too large", f"a line of {num_bytes:,} bytes; wanted {MAX_LINE:,} or fewer")
+                elif line.strip():
+                    yield key, line.removeprefix(BOM) if number == 1 else line
     except DAMAGED as error:
         yield Rejection(f"{file.key}:{number + 1}", "damaged", f"cannot be unpacked: {error}; the rest is not read")
 

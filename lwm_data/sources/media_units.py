@@ -62,7 +62,7 @@ def group_files(source: Images | Videos, files: list[InputFile]) -> list[tuple[I
             loose.append(file)
     media, average = (PICTURES, LOOSE_PICTURES) if isinstance(source, Images) else (VIDEOS, LOOSE_VIDEOS)
     groups = _loose_groups(loose, media, folders)
-    units += [tuple(file for group in block for file in group) for block in _blocks(groups, average)]
+    units += [tuple(file for group in block for file in group) for block in blocks(groups, average)]
     return units
 
 
@@ -109,11 +109,11 @@ def _list_units(file: InputFile, folders: _Folders) -> Iterator[tuple[InputFile,
     else:
         yield (file,)
     # Each block reads the whole list, so blocks grow with it.
-    for block in _blocks(((video,) for video in there), max(LOOSE_VIDEOS, math.isqrt(len(there)))):
+    for block in blocks(((video,) for video in there), max(LOOSE_VIDEOS, math.isqrt(len(there)))):
         yield (file, *(video for group in block for video in group))
 
 
-def _blocks(groups: Iterable[tuple[InputFile, ...]], average: int) -> Iterator[list[tuple[InputFile, ...]]]:
+def blocks(groups: Iterable[tuple[InputFile, ...]], average: int) -> Iterator[list[tuple[InputFile, ...]]]:
     block: list[tuple[InputFile, ...]] = []
     for group in groups:
         block.append(group)

@@ -13,10 +13,14 @@ from lwm_data.format.example import Run
 
 @dataclass(frozen=True)
 class Record:
-    """The tokens of one record. key: unique within its source, the same on every machine."""
+    """The tokens of one record. key: unique within its source, the same on every machine.
+
+    note: (reason, detail) of what is told of a record that is taken all the same.
+    """
 
     key: str
     runs: tuple[Run, ...]
+    note: tuple[str, str] | None = None
 
 
 @dataclass(frozen=True)

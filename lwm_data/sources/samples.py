@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from lwm_data.sources.fields import MAX_JSON, Fields, sidecar_fields
@@ -46,7 +46,7 @@ class Sample:
 
 
 @dataclass
-class _Group:
+class Group:
     """The members of a tar with one name, so far. parts: their data by their ending."""
 
     name: str
@@ -55,7 +55,7 @@ class _Group:
 
     def add(self, ending: str, member: Member, kind: Kind) -> None:
         problem = member.problem
-        if problem is not None and ending == "txt" and problem[0] == "too large":
+        if problem is not None and ending == "txt" and ending not in kind.suffixes and problem[0] == "too large":
             problem = ("caption too long", problem[1])
         if member.data is not None:
             is_second = ending in kind.suffixes and not kind.suffixes.isdisjoint(self.parts)
@@ -67,19 +67,33 @@ class _Group:
 
 
 def tar_samples(files: tuple[InputFile, ...], kind: Kind) -> Iterator[Sample | Rejection]:
-    """The records of a tar, and of the Parquet beside it what their JSON files lack.
+    """The records of a tar, and of the Parquet beside it what their JSON files lack."""
+    tar, *beside = files
+    rows = KeyedRows(beside[0]) if beside else None
+    for group in tar_groups(tar, kind, {"txt": MAX_TEXT, "json": MAX_JSON}):
+        yield group if isinstance(group, Rejection) else _tar_sample(tar, group, kind, rows)
+    if rows is not None and rows.rejection is not None:
+        yield rows.rejection
+
+
+def tar_groups(tar: InputFile, kind: Kind, sidecars: Mapping[str, int]) -> Iterator[Group | Rejection]:
+    """The members of a tar by their names, each name once. sidecars: endings besides `kind`'s, and their most bytes.
 
     A member without a name, or without an ending, is none of a record, as in WebDataset; so are folders. A group of
     which the tar's cut may have taken something is left out, since its fields may be in what is lost.
     """
-    tar, *beside = files
-    rows = KeyedRows(beside[0]) if beside else None
     seen = SeenKeys()
-    group: _Group | None = None
+    group: Group | None = None
 
     def max_bytes(name: str) -> int | None:
         ending = _split(name)[1]
-        return kind.max_bytes if ending in kind.suffixes else {"txt": MAX_TEXT, "json": MAX_JSON}.get(ending)
+        return kind.max_bytes if ending in kind.suffixes else sidecars.get(ending)
+
+    def checked(group: Group) -> Group | Rejection:
+        key = f"{tar.key}/{group.name}"
+        if not seen.add(group.name):
+            return Rejection(key, "duplicate key", "an earlier record of this tar has it; its files must be together")
+        return group if group.problem is None else Rejection(key, *group.problem)
 
     with open_unpacked(tar.path) as raw:
         try:
@@ -89,18 +103,16 @@ def tar_samples(files: tuple[InputFile, ...], kind: Kind) -> Iterator[Sample | R
                     continue
                 if group is None or group.name != name:
                     if group is not None:
-                        yield _tar_sample(tar, group, kind, seen, rows)
-                    group = _Group(name)
+                        yield checked(group)
+                    group = Group(name)
                 group.add(ending, member, kind)
         except DamagedTar as error:
             if group is not None and (error.name is None or _split(error.name)[0] != group.name):
-                yield _tar_sample(tar, group, kind, seen, rows)
+                yield checked(group)
             yield Rejection(tar.key, "damaged", f"{error.detail}; the rest is not read")
         else:
             if group is not None:
-                yield _tar_sample(tar, group, kind, seen, rows)
-    if rows is not None and rows.rejection is not None:
-        yield rows.rejection
+                yield checked(group)
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -110,14 +122,8 @@ def _split(name: str) -> tuple[str, str]:
     return (posixpath.join(folder, stem), ending.lower()) if stem and dot else (name, "")
 
 
-def _tar_sample(
-    tar: InputFile, group: _Group, kind: Kind, seen: SeenKeys, rows: KeyedRows | None
-) -> Sample | Rejection:
+def _tar_sample(tar: InputFile, group: Group, kind: Kind, rows: KeyedRows | None) -> Sample | Rejection:
     key = f"{tar.key}/{group.name}"
-    if not seen.add(group.name):
-        return Rejection(key, "duplicate key", "an earlier record of this tar has it; its files must follow each other")
-    if group.problem is not None:
-        return Rejection(key, *group.problem)
     data = next((group.parts[ending] for ending in group.parts if ending in kind.suffixes), b"")
     if not data:
         return Rejection(key, f"no {kind.name}", f"no bytes of one; wanted {', '.join(sorted(kind.suffixes))}")

@@ -5,7 +5,7 @@
         name, type, size; a long name comes in a member of its own before it (GNU `L`, pax `x`)
 
 The standard library's reader keeps every member that it has passed, and takes as much memory for a long name as the
-archive asks for. This one keeps one member, and bounds both.
+archive asks for. This one keeps one member, and bounds both. A packed tar (.tar.gz, .tar.zst) is read as a stream.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from lwm_data.sources.files import DAMAGED
+
 BLOCK = 512
 MAX_NAME = 1024  # characters
 MAX_NAME_HEADER = 64 << 10  # bytes of a GNU long name or of pax records
 MAX_DIGITS = 20  # of a size in a pax header: more than any file has
+UNKNOWN = 1 << 62  # of a stream: its bytes
 MAX_PADDING = 1 << 20  # bytes after the end of the archive that are looked at
 ZEROS = bytes(BLOCK)
 WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
@@ -44,19 +47,47 @@ class DamagedTar(Exception):
         self.name = name
 
 
+class _Stream:
+    """Packed bytes as they come, of which only what lies ahead can be asked for."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._at = 0
+
+    def seek(self, at: int) -> None:
+        while self._at < at and self.read(min(at - self._at, MAX_PADDING)):
+            pass
+
+    def read(self, size: int) -> bytes:
+        try:
+            data = self._raw.read(size)
+        except DAMAGED as error:
+            raise DamagedTar(f"cannot be unpacked: {error}") from None
+        self._at += len(data)
+        return data
+
+
+_Bytes = BinaryIO | _Stream
+
+
 def read_members(raw: BinaryIO, max_bytes: Callable[[str], int | None]) -> Iterator[Member]:
-    """The members of `raw` (seekable) but its folders. DamagedTar where it is cut off or no tar, after whole members.
+    """The members of `raw` but its folders. DamagedTar where it is cut off or no tar, after whole members.
 
     max_bytes: of the member of a name; None: its data is not wanted.
     """
-    total = raw.seek(0, os.SEEK_END)
+    total = raw.seek(0, os.SEEK_END) if raw.seekable() else UNKNOWN
+    yield from _members(raw if raw.seekable() else _Stream(raw), total, max_bytes)
+
+
+def _members(raw: _Bytes, total: int, max_bytes: Callable[[str], int | None]) -> Iterator[Member]:
     at = 0
     long_name: str | None = None
     pax: dict[str, str] = {}
     while True:
-        info = _header(raw, at, total)
-        if info is None:
+        found = _header(raw, at, total)
+        if found is None:
             return
+        info, block = found
         name = pax.get("path") or long_name or info.name
         digits = pax.get("size", "")
         if len(digits) > MAX_DIGITS:
@@ -65,7 +96,7 @@ def read_members(raw: BinaryIO, max_bytes: Callable[[str], int | None]) -> Itera
         kind = info.type
         at += BLOCK
         if kind == tarfile.GNUTYPE_SPARSE:
-            at = _skip_sparse_map(raw, at, total)
+            at = _skip_sparse_map(raw, at, total, block[482])
         if kind in WITHOUT_DATA:
             size = 0
         if size < 0 or at + size > total:
@@ -87,24 +118,24 @@ def read_members(raw: BinaryIO, max_bytes: Callable[[str], int | None]) -> Itera
         at += -(-size // BLOCK) * BLOCK
 
 
-def _header(raw: BinaryIO, at: int, total: int) -> tarfile.TarInfo | None:
-    """The header at `at`; None at the end of the archive."""
+def _header(raw: _Bytes, at: int, total: int) -> tuple[tarfile.TarInfo, bytes] | None:
+    """The header at `at` and its block; None at the end of the archive."""
     if at >= total:
         raise DamagedTar("it ends without the blocks that end a tar; what follows may be cut off")
     block = _read(raw, at, min(BLOCK, total - at))
     if block == ZEROS:
-        if _read(raw, at, min(MAX_PADDING, total - at)).strip(b"\0"):
+        raw.seek(at + BLOCK)
+        if raw.read(MAX_PADDING).strip(b"\0"):
             raise DamagedTar("more follows the end of the archive, as where two were joined; it is not read")
         return None
     try:
-        return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+        return tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace"), block
     except tarfile.HeaderError as error:
         raise DamagedTar(f"no header of a member at byte {at:,}: {error}") from None
 
 
-def _skip_sparse_map(raw: BinaryIO, at: int, total: int) -> int:
+def _skip_sparse_map(raw: _Bytes, at: int, total: int, more: int) -> int:
     """Where the data begins of a sparse file whose header ends at `at`: its map may go on in blocks of its own."""
-    more = _read(raw, at - BLOCK, BLOCK)[482]
     while more:
         if at + BLOCK > total:
             raise DamagedTar("cut within the map of a sparse file")
@@ -129,7 +160,7 @@ def _pax(data: bytes) -> dict[str, str]:
 
 
 def _member(
-    raw: BinaryIO, at: int, size: int, name: str, is_plain: bool, max_bytes: Callable[[str], int | None]
+    raw: _Bytes, at: int, size: int, name: str, is_plain: bool, max_bytes: Callable[[str], int | None]
 ) -> Member:
     if len(name) > MAX_NAME:
         return Member(name[:MAX_NAME], None, ("unsafe name", f"{len(name):,} characters"))
@@ -143,16 +174,16 @@ def _member(
         return Member(name, None)
     if size > limit:
         return Member(name, None, ("too large", f"{name}: {size:,} bytes; wanted {limit:,} or fewer"))
-    return Member(name, _read(raw, at, size))
+    return Member(name, _read(raw, at, size, name))
 
 
 def _normal(name: str) -> str:
     return posixpath.normpath(name)
 
 
-def _read(raw: BinaryIO, at: int, size: int) -> bytes:
+def _read(raw: _Bytes, at: int, size: int, name: str | None = None) -> bytes:
     raw.seek(at)
     data = raw.read(size)
     if len(data) != size:
-        raise DamagedTar(f"{len(data):,} of {size:,} bytes at byte {at:,}; it became shorter while it was read")
+        raise DamagedTar(f"{len(data):,} of {size:,} bytes at byte {at:,}; it was cut, or became shorter", name)
     return data

@@ -1,4 +1,5 @@
-"""Units of tokenizing: one input file of a source, or a block of made-up examples; each fills one store file.
+"""Units of tokenizing: one input file of a source, a block of small ones or of made-up examples; each fills one store
+file.
 
 manifest -> plan_units -> Unit, Unit, ...     named by a fingerprint of all that its tokens depend on
                           read_unit -> Record | Rejection, ...
@@ -13,20 +14,21 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from lwm_data.code_store import CodeFile
+from lwm_data.folder import Folder
 from lwm_data.format.vocab import TextTokenizer
-from lwm_data.manifest_sources import AnySource, Books, Chats, Images, LwmJsonl, Needles, Videos
-from lwm_data.sources import books, chats, lwm_jsonl, media, needles
+from lwm_data.manifest_sources import AnySource, Books, Chats, Images, LwmJsonl, Needles, Text, Tokens, Videos
+from lwm_data.sources import books, chats, lwm_jsonl, media, needles, text, tokens
 from lwm_data.sources.files import InputFile, check_unchanged
 from lwm_data.sources.record import Record, Rejection
 
 
 @dataclass(frozen=True)
 class Unit:
-    """files: one, a haystack, or media with what lies beside them. start, stop: of the block of made-up examples.
+    """files: one, some small texts, a haystack, or media with what lies beside them.
 
+    start, stop: of the block of made-up examples.
     codes: of pictures and videos, the name of their file of codes in the store.
     """
 
@@ -55,6 +57,8 @@ def group_input(source: AnySource, files: list[InputFile]) -> list[tuple[InputFi
     """The input of each unit: files that are found, not hashed yet, and what is read beside them."""
     if isinstance(source, Images | Videos):
         return media.group_files(source, files)
+    if isinstance(source, Text):
+        return text.group_texts(source, files)
     return [tuple(files)] if isinstance(source, Needles) else [(file,) for file in files]
 
 
@@ -69,9 +73,9 @@ def plan_units(
     units = []
     for files in groups:
         read = [(file.key, file.sha256) for file in files]
-        text = tokenizer.fingerprint
+        ids = tokenizer.fingerprint
         if isinstance(source, Needles):
-            made_of = [needles.VERSION, seed, source.model_dump(include=NEEDLE_KEYS), text, read]
+            made_of = [needles.VERSION, seed, source.model_dump(include=NEEDLE_KEYS), ids, read]
             for start in range(0, source.count, needles.BLOCK):
                 stop = min(start + needles.BLOCK, source.count)
                 units.append(Unit(source, files, seed, _fingerprint([*made_of, start, stop]), start, stop))
@@ -82,34 +86,36 @@ def plan_units(
                 [media.VERSION, source.model_dump(include=CODE_KEYS), vision_fingerprint, read[:num_coded]]
             )
             taken = _fingerprint([source.model_dump(include=FILTER_KEYS), read[num_coded:]])
-            made_of = [coded, taken, text, seed, source.name, source.order, source.train]
+            made_of = [coded, taken, ids, seed, source.name, source.order, source.train]
             codes = f"codes-{coded[:32]}-{taken[:16]}.arrow"
             units.append(Unit(source, files, seed, _fingerprint(made_of), codes=codes))
         elif isinstance(source, LwmJsonl):
-            options = source.model_dump(exclude={"path", "share", "pack_with", "overflow"})
-            units.append(Unit(source, files, seed, _fingerprint([lwm_jsonl.VERSION, options, text, seed, read])))
+            options = source.model_dump(exclude=NO_TOKEN_KEYS)
+            units.append(Unit(source, files, seed, _fingerprint([lwm_jsonl.VERSION, options, ids, seed, read])))
         else:
-            version = books.VERSION if isinstance(source, Books) else chats.VERSION
-            units.append(Unit(source, files, seed, _fingerprint([source.type, version, text, read])))
+            module = {"books": books, "text": text, "chats": chats, "tokens": tokens}[source.type]
+            options = source.model_dump(include=module.OPTIONS)
+            units.append(Unit(source, files, seed, _fingerprint([source.type, module.VERSION, options, ids, read])))
     return units
 
 
 NEEDLE_KEYS = {"name", "type", "tokens", "needles", "asked"}
+NO_TOKEN_KEYS = {"path", "share", "pack_with", "overflow", "deduplicate", "decontaminate"}
 CODE_KEYS = {"type", "fps", "max_frames", "decoder"}  # of the source, that codes depend on
 FILTER_KEYS = {"caption", "min_size", "where", "clips"}
 
 
-def read_unit(unit: Unit, tokenizer: TextTokenizer, store: Path) -> Iterator[Record | Rejection]:
+def read_unit(unit: Unit, tokenizer: TextTokenizer, store: Folder) -> Iterator[Record | Rejection]:
     """The unit's records in order. ValueError, at the latest after the last, where a file is not what was hashed.
 
-    store: folder of the token store, where the unit's file of codes lies.
+    store: the token store, where the unit's file of codes lies.
     """
     source = unit.source
     if isinstance(source, Needles):
         yield from needles.read_needles(source, unit.seed, unit.files, unit.start, unit.stop, tokenizer)
         return
     if isinstance(source, Images | Videos):
-        for item in CodeFile(store / unit.codes):
+        for item in CodeFile(store.fetch(unit.codes)):
             if isinstance(item, Rejection):
                 yield item
             else:
@@ -117,14 +123,18 @@ def read_unit(unit: Unit, tokenizer: TextTokenizer, store: Path) -> Iterator[Rec
                 runs = media.media_runs(tokenizer, item.caption, item.codes, text_first, source.train)
                 yield Record(item.key, runs)
         return
-    (file,) = unit.files
-    if isinstance(source, Books):
-        yield from books.read_book(file, tokenizer)
-    elif isinstance(source, Chats):
-        yield from chats.read_chats(file, tokenizer)
-    else:
-        yield from lwm_jsonl.read_lwm_jsonl(source, unit.seed, file, tokenizer)
-    check_unchanged(file)
+    for file in unit.files:
+        if isinstance(source, Books):
+            yield from books.read_book(source, file, tokenizer)
+        elif isinstance(source, Text):
+            yield from text.read_texts(source, file, tokenizer)
+        elif isinstance(source, Chats):
+            yield from chats.read_chats(source, file, tokenizer)
+        elif isinstance(source, Tokens):
+            yield from tokens.read_tokens(source, file, tokenizer)
+        else:
+            yield from lwm_jsonl.read_lwm_jsonl(source, unit.seed, file, tokenizer)
+        check_unchanged(file)
 
 
 def _fingerprint(made_of: list[object]) -> str:

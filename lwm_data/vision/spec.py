@@ -26,7 +26,7 @@ from lwm_data.format.vocab import EOF
 NUM_LEVELS = 5  # four halvings: 256 pixels to 16 codes
 FACTOR = 1 << (NUM_LEVELS - 1)
 RESOLUTION = 256  # pixels of a side; 16 x 16 codes of 16 x 16 pixels are the 256 codes of a frame
-VERSION = 1  # of the way from pixels to codes; another way of rounding, another number
+VERSIONS = {"fp32": 1, "bf16": 2}  # of the way from pixels to codes; another way of rounding, another number
 MAX_CHANNELS = 2048  # of the widest level: 16 times 128, above every published model
 CHUNK = 1 << 20  # bytes
 
@@ -101,7 +101,7 @@ class VisionTokenizerSpec(ManifestModel):
     weights: ManifestPath = Field(description="the .safetensors file, its tensors named as taming's VQModel names them")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the weights file")
     dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="what is computed in; bf16 gives some other codes"
+        default="fp32", description="what most is computed in; bf16 gives a few other codes"
     )
     config: VQGANConfig
     about: AboutTokenizer | None = None
@@ -116,7 +116,8 @@ class VisionTokenizerSpec(ManifestModel):
 
 def vision_tokenizer_fingerprint(spec: VisionTokenizerSpec) -> str:
     """Equal for two specs exactly when they mean the same codes: weights, sizes and dtype; not name, place or note."""
-    parts = {"version": VERSION, "weights": spec.sha256, "dtype": spec.dtype, "config": spec.config.model_dump()}
+    version = VERSIONS[spec.dtype]
+    parts = {"version": version, "weights": spec.sha256, "dtype": spec.dtype, "config": spec.config.model_dump()}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -31,7 +31,7 @@ from taming.modules.diffusionmodules.model import Decoder, Encoder
 from taming.modules.vqvae.quantize import VectorQuantizer2
 from torch import Tensor, nn
 
-from lwm_data.vision.layers import use_own_layers
+from lwm_data.vision.layers import halve_branches, use_own_layers
 from lwm_data.vision.spec import (
     VisionTokenizerSpec,
     VQGANConfig,
@@ -42,7 +42,6 @@ from lwm_data.vision.spec import (
 COMMITMENT = 0.25
 DEVICE_BATCH = 16  # pictures at once on a GPU
 SEARCH_ROWS = 4096  # vectors compared with the codebook at once: distances take 128 MiB at 8192 codes
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class VQGAN(nn.Module):
@@ -75,7 +74,7 @@ class VQGAN(nn.Module):
     def vectors(self, pixels_BCHW: Tensor) -> Tensor:
         """float[n, 3, h, w] in -1..1 to float[n, e, h / 16, w / 16], not yet quantized."""
         encoded_BZHW: Tensor = self.encoder(pixels_BCHW)
-        vectors_BEHW: Tensor = self.quant_conv(encoded_BZHW.to(self.quant_conv.weight.dtype))
+        vectors_BEHW: Tensor = self.quant_conv(encoded_BZHW)
         return vectors_BEHW
 
     def pixels(self, vectors_BEHW: Tensor) -> Tensor:
@@ -111,8 +110,9 @@ class VisionTokenizer:
         self.fingerprint = vision_tokenizer_fingerprint(spec)
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
-        for part in (model.encoder, model.decoder, model.post_quant_conv):  # the search stays in float32
-            nn.Module.to(part, DTYPES[spec.dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
+        nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if spec.dtype == "bf16":
+            halve_branches(model.encoder, model.decoder)
 
     def encode(self, pixels: UInt8[np.ndarray, "n 256 256 3"]) -> Int32[np.ndarray, "n 256"]:
         """Codes of `pixels`. ValueError for another shape or dtype."""
@@ -136,12 +136,12 @@ class VisionTokenizer:
 
     def _encode(self, pixels_BHWC: Tensor) -> Tensor:
         inputs = pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1  # channels-last, as the pixels lie
-        return self.model.codes(self.model.vectors(inputs.to(DTYPES[self.spec.dtype]))).int()
+        return self.model.codes(self.model.vectors(inputs)).int()
 
     def _decode(self, codes: Tensor) -> Tensor:
         grid = self.spec.config.grid
         vectors_BEHW = self.model.quantize.embedding(codes.reshape(-1, grid, grid)).permute(0, 3, 1, 2)
-        outputs = self.model.pixels(vectors_BEHW.to(DTYPES[self.spec.dtype])).float()
+        outputs = self.model.pixels(vectors_BEHW)
         return ((outputs.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 1)
 
     def _in_batches(self, compute: Callable[[Tensor], Tensor], inputs: np.ndarray, outputs: np.ndarray) -> None:

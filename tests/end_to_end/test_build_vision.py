@@ -18,7 +18,7 @@ from PIL import Image
 
 from lwm_data.build import BuildResult, build
 from lwm_data.check import check_dataset
-from lwm_data.encode import encode_unit, encoding
+from lwm_data.encode import Encoding, encode_unit
 from lwm_data.format.dataset import Dataset, open_dataset
 from lwm_data.format.vocab import EOV
 from lwm_data.manifest_sources import Images
@@ -168,7 +168,7 @@ def test_another_tokenizer_at_the_same_path_gives_its_own_codes(vision: Callable
         picture = members[key.rpartition("/")[2] + ".jpg"]
         np.testing.assert_array_equal(codes, tokenizer.encode(decode_image(picture)[None]))
         assert not np.array_equal(codes, first[key])
-    shared = encoding(manifest.parent, str(manifest.parent / "tiny.yaml"), "another", 1)
+    shared = Encoding(manifest.parent, str(manifest.parent / "tiny.yaml"), "another", 1)
     with pytest.raises(ValueError, match="changed while it was in use"):
         encode_unit(shared, Unit(Images(**PHOTOS), (), 0, "", codes="codes-0-0.arrow"))
 

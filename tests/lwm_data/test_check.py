@@ -102,7 +102,7 @@ def _swap_weights(row: PackedSequence) -> None:
     row.weights[first], row.weights[last] = weights[last], weights[first]
 
 
-def _train_the_first(row: PackedSequence) -> None:
+def _train_the_prompt(row: PackedSequence) -> None:
     row.weights[0] = 0.25
 
 
@@ -152,7 +152,7 @@ def _before_vision(row: PackedSequence) -> int:
         (_set_run(1, 2, 1), "a vision block"),
         (_set_run(1, 2, 5), "a vision flag that is neither 0 nor 1"),
         (_swap_weights, "weights of segment 1 sum to"),
-        (_train_the_first, "token 0: weight 0.25 on a segment's first token"),
+        (_train_the_prompt, r"token 0: weights of segment 1 sum to [\d.]+, not 1"),
         (_weigh_padding, "padding of id 0 and weight 1"),
         (_no_number, "a weight that is no number"),
         (_untrain, "the examples table says"),
@@ -227,8 +227,8 @@ def test_damage_of_the_right_size_is_an_error_and_never_other_arrays(dataset: Da
     path = Path(dataset.url) / shard.name
     whole = bytearray(path.read_bytes())
     offsets = np.frombuffer(whole, "<u8", 4, shard.offsets_at).tolist()
-    at = {"runs": offsets[1], "row_starts": offsets[3] + 4, "offsets": shard.offsets_at}[member]
-    whole[at + 3] ^= 0x40
+    at = {"runs": offsets[1] + 1, "row_starts": offsets[3] + 7, "offsets": shard.offsets_at + 3}[member]
+    whole[at] ^= 0x40
     path.write_bytes(whole)
     damaged = open_dataset(dataset.url)
     for read in (lambda: damaged[0], lambda: damaged.read_batch([0, 1])):

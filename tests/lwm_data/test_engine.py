@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lwm_data.engine import remove_leftovers, run_units, whole_file
+from lwm_data.engine import run_units
 from lwm_data.sources.files import InputFile, hash_file
+from lwm_data.whole_file import remove_leftovers, whole_file
 
 
 def _files(folder: Path, num: int) -> list[InputFile]:

@@ -448,14 +448,15 @@ def test_what_is_no_archive_is_one_rejection(tmp_path: Path, demo_tokenizer: Tex
     assert isinstance(record, Rejection) and (record.key, record.reason) == (f"a.jsonl{ending}:1", "damaged")
 
 
-def test_a_line_longer_than_the_limit_ends_the_file(
+def test_a_line_longer_than_the_limit_is_passed_over(
     tmp_path: Path, demo_tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(json_lines, "MAX_LINE", 3000)
-    good, bad = _read(tmp_path, demo_tokenizer, GOOD, GOOD | {"a": "a" * 3000}, GOOD)
-    assert isinstance(good, Record)
-    assert isinstance(bad, Rejection) and (bad.key, bad.reason) == ("a.jsonl:2", "damaged")
-    assert bad.detail == "a line of more than 3,000 bytes; the rest is not read"
+    long = GOOD | {"a": "a" * 3000}
+    good, bad, last = _read(tmp_path, demo_tokenizer, GOOD, long, GOOD)
+    assert isinstance(good, Record) and isinstance(last, Record) and last.key == "a.jsonl:3"
+    assert isinstance(bad, Rejection) and (bad.key, bad.reason) == ("a.jsonl:2", "too large")
+    assert bad.detail == f"a line of {len(json.dumps(long)) + 1:,} bytes; wanted 3,000 or fewer"
 
 
 def _blocks(language: str) -> Iterator[str]:

@@ -186,7 +186,8 @@ def _from_page(sample: dict[str, Any]) -> list[dict[str, np.ndarray]]:
             for _ in range(length):
                 position = 0 if segment != before or segment == 0 else position + 1
                 before = segment
-                values = (bool(vision), segment, position, sample["weights.npy"][i])
+                weight = sample["weights.npy"][i] if position else np.float32(0)
+                values = (bool(vision), segment, position, weight)
                 for column, value in zip(columns.values(), values, strict=True):
                     column.append(value)
         rows.append({"tokens": tokens} | {name: np.array(column) for name, column in columns.items()})

@@ -15,6 +15,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lwm_data.folder import DiskFolder
 from lwm_data.format.example import Run
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.manifest_sources import Books, Chats, Needles, Overflow, Span
@@ -26,6 +27,9 @@ from lwm_data.sources.needles import read_needles
 from lwm_data.sources.record import Record, Rejection
 from lwm_data.sources.unit import plan_units, read_unit
 from lwm_data.token_store import StoreFile, write_store
+
+BOOKS = Books(name="b", type="books", path="x")
+CHATS = Chats(name="c", type="chats", path="x")
 
 
 def _file(path: Path, content: bytes) -> InputFile:
@@ -49,7 +53,7 @@ def test_a_book_is_bos_text_eos_through_any_compression(
 ) -> None:
     text = "Call me Ishmael.\n\n  Some “years” ago\t— never mind.\n"
     ending = {bytes: ".txt", gzip.compress: ".txt.gz"}.get(pack, ".txt.zst")
-    (record,) = read_book(_file(tmp_path / f"moby{ending}", pack(text.encode())), demo_tokenizer)
+    (record,) = read_book(BOOKS, _file(tmp_path / f"moby{ending}", pack(text.encode())), demo_tokenizer)
     ids = _ids(record)
     assert ids[0] == demo_tokenizer.bos and ids[-1] == demo_tokenizer.eos
     assert demo_tokenizer.decode(np.array(ids[1:-1])) == text
@@ -67,14 +71,14 @@ def test_a_book_is_bos_text_eos_through_any_compression(
 def test_a_bad_book_is_rejected_with_its_reason(
     tmp_path: Path, demo_tokenizer: TextTokenizer, content: bytes, reason: str, detail: str
 ) -> None:
-    (rejection,) = read_book(_file(tmp_path / "bad.txt", content), demo_tokenizer)
+    (rejection,) = read_book(BOOKS, _file(tmp_path / "bad.txt", content), demo_tokenizer)
     assert isinstance(rejection, Rejection)
     assert (rejection.key, rejection.reason) == ("bad.txt", reason) and detail in rejection.detail
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_a_damaged_archive_is_rejected(tmp_path: Path, demo_tokenizer: TextTokenizer, ending: str) -> None:
-    (rejection,) = read_book(_file(tmp_path / f"bad.txt{ending}", b"no archive at all"), demo_tokenizer)
+    (rejection,) = read_book(BOOKS, _file(tmp_path / f"bad.txt{ending}", b"no archive at all"), demo_tokenizer)
     assert isinstance(rejection, Rejection) and rejection.reason == "damaged"
 
 
@@ -87,7 +91,7 @@ def test_a_truncated_archive_is_rejected_wherever_it_ends(
     ending = "gz" if pack is gzip.compress else "zst"
     for kept in (1, 3, len(packed) // 2, len(packed) - 1):
         file = _file(tmp_path / f"a.txt.{ending}", packed * num_whole + packed[:kept])
-        (rejection,) = read_book(file, demo_tokenizer)
+        (rejection,) = read_book(BOOKS, file, demo_tokenizer)
         assert isinstance(rejection, Rejection) and rejection.reason == "damaged", kept
 
 
@@ -96,7 +100,7 @@ def test_the_chats_before_the_end_of_a_truncated_archive_are_kept(
 ) -> None:
     pack = zstandard.ZstdCompressor().compress
     lines = [pack(json.dumps({"data": [f"Hi {i}", "Hello"]}).encode() + b"\n") for i in range(3)]
-    found = list(read_chats(_file(tmp_path / "c.jsonl.zst", b"".join(lines)[:-2]), demo_tokenizer))
+    found = list(read_chats(CHATS, _file(tmp_path / "c.jsonl.zst", b"".join(lines)[:-2]), demo_tokenizer))
     assert [isinstance(record, Record) for record in found] == [True, True, False]
     assert isinstance(found[2], Rejection) and (found[2].key, found[2].reason) == ("c.jsonl.zst:3", "damaged")
 
@@ -126,8 +130,8 @@ def test_a_file_that_changes_while_it_is_read_gives_no_store_file(
     book = hash_file(None, _file(tmp_path / "a.book", b"one text"))
     chat = hash_file(None, _file(tmp_path / "c.jsonl", b'{"data": ["Hi", "Hello"]}'))
     sources: list[Books | Chats | Needles] = [
-        Books(name="b", type="books", path="x"),
-        Chats(name="c", type="chats", path="x"),
+        BOOKS,
+        CHATS,
         _needles(count=1),
     ]
     for source, files in zip(sources, [(book,), (chat,), haystack], strict=True):
@@ -136,13 +140,13 @@ def test_a_file_that_changes_while_it_is_read_gives_no_store_file(
             content = Path(file.path).read_bytes()
             Path(file.path).write_bytes(content + b"\n")
         with pytest.raises(ValueError, match="changed while it was read; build again"):
-            write_store(tmp_path / unit.file_name, read_unit(unit, demo_tokenizer, tmp_path))
+            write_store(tmp_path / unit.file_name, read_unit(unit, demo_tokenizer, DiskFolder(tmp_path)))
         assert not (tmp_path / unit.file_name).exists()
 
 
 def test_a_chat_trains_the_assistant_and_the_eos_after_it(tmp_path: Path, demo_tokenizer: TextTokenizer) -> None:
     line = json.dumps({"id": "7", "data": ["Hello!", "Good day.", "Bye!", "Farewell."]})
-    (record,) = read_chats(_file(tmp_path / "c.jsonl", line.encode()), demo_tokenizer)
+    (record,) = read_chats(CHATS, _file(tmp_path / "c.jsonl", line.encode()), demo_tokenizer)
     assert isinstance(record, Record) and record.key == "7"
     encode, eos = demo_tokenizer.encode, [demo_tokenizer.eos]
     parts: list[tuple[Any, bool]] = [
@@ -163,17 +167,27 @@ def test_bad_chats_are_rejected_by_line_and_the_others_kept(tmp_path: Path, demo
     surrogate = b'{"data": ["\\ud800", "b"]}'
     lines = [good, b"{no json", b"[]", b'{"data": ["one"]}', b'{"data": ["", "x"]}', b'{"data": [1, 2]}', surrogate]
     lines += [b'{"data": ["\xff", "x"]}', b"", good]
-    found = list(read_chats(_file(tmp_path / "c.jsonl", b"\n".join(lines)), demo_tokenizer))
+    found = list(read_chats(CHATS, _file(tmp_path / "c.jsonl", b"\n".join(lines)), demo_tokenizer))
     keys = [record.key for record in found]
     assert keys == [f"c.jsonl:{n}" for n in (1, 2, 3, 4, 5, 6, 7, 8, 10)]
     reasons = [record.reason if isinstance(record, Rejection) else "kept" for record in found]
-    assert reasons == ["kept", "not JSON", *["not a chat"] * 5, "not UTF-8", "kept"]
+    assert reasons == [
+        "kept",
+        "not JSON",
+        "not a chat",
+        "not a chat",
+        "empty turn",
+        "not a chat",
+        "not a chat",
+        "not UTF-8",
+        "kept",
+    ]
 
 
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b'{"id": "\\ud800", "data": ["a", "b"]}', "not a chat"),
+        (b'{"id": "\\ud800", "data": ["a", "b"]}', "wrong field"),
         (b'{"id": %s, "data": ["a", "b"]}' % (b"1" * 5000), "not JSON"),
         (b'{"id": 1, "data": [%s1%s, "b"]}' % (b"[" * 900, b"]" * 900), "not a chat"),
         (b"[" * 100_000, "not JSON"),
@@ -184,7 +198,7 @@ def test_one_hostile_line_is_rejected_and_the_next_kept(
     tmp_path: Path, demo_tokenizer: TextTokenizer, line: bytes, reason: str
 ) -> None:
     file = _file(tmp_path / "c.jsonl", line + b'\n{"id": "good", "data": ["a", "b"]}\n')
-    write_store(tmp_path / "c.arrow", read_chats(file, demo_tokenizer))
+    write_store(tmp_path / "c.arrow", read_chats(CHATS, file, demo_tokenizer))
     store = StoreFile(tmp_path / "c.arrow")
     (rejection,) = store.rejections()
     assert (rejection.key, rejection.reason) == ("c.jsonl:1", reason)
@@ -197,7 +211,7 @@ def test_a_file_name_that_is_not_utf8_gives_a_key_that_can_be_written(
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("some text")
     (file,) = find_files(f"{tmp_path}/*.txt", "path")
     assert file.key == "caf\\udce9.txt"
-    write_store(tmp_path / "a.arrow", read_book(file, demo_tokenizer))
+    write_store(tmp_path / "a.arrow", read_book(BOOKS, file, demo_tokenizer))
     assert StoreFile(tmp_path / "a.arrow").key(0) == file.key
 
 

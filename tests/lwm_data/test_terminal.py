@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 
@@ -10,7 +11,7 @@ import pytest
 import typer
 
 from lwm_data import terminal
-from lwm_data.terminal import Progress, RunFailed, run_app
+from lwm_data.terminal import Progress, RunFailed, progress_as_json, run_app
 
 ERRORS = {
     "value": ValueError("a.txt: got 1, wanted 2"),
@@ -95,6 +96,43 @@ def test_progress_of_a_stopped_run_says_so(capsys: pytest.CaptureFixture[str]) -
         progress.advance(1)
         raise KeyboardInterrupt
     assert capsys.readouterr().err.rstrip().endswith("(stopped)")
+
+
+def test_progress_for_scripts_is_json_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with progress_as_json(), Progress("tokenize", total=40, unit="units") as progress:
+        for i in range(40):
+            now[0] += 0.5
+            progress.advance(1, "so many tokens", rejected=int(i == 3))
+    events = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(event["state"], event["done"]) for event in events] == [
+        ("running", 0),
+        *(("running", done) for done in (10, 20, 30, 40)),
+        ("done", 40),
+    ]
+    assert events[0]["eta_s"] is None and events[0]["rejected"] == 0
+    assert events[2] == {
+        "stage": "tokenize",
+        "state": "running",
+        "done": 20,
+        "total": 40,
+        "unit": "units",
+        "rate": 2.0,
+        "eta_s": 10.0,
+        "seconds": 10.0,
+        "rejected": 1,
+        "note": "so many tokens",
+    }
+
+
+def test_what_is_rejected_stands_in_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("tokenize", total=2, unit="units") as progress:
+        progress.advance(1, "7 tokens", rejected=1200)
+        progress.advance(1)
+    assert capsys.readouterr().err.rstrip().endswith(", 7 tokens, 1,200 rejected")
 
 
 def test_the_terminal_imports_nothing_of_the_project() -> None:

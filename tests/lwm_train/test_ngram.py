@@ -54,7 +54,7 @@ def pairs_by_hand(dataset: Dataset) -> list[tuple[object, int]]:
         before: dict[int, object] = {}
         for (length, segment, vision), weight in zip(packed.runs.tolist(), packed.weights.tolist(), strict=True):
             for token in packed.tokens[at : at + length].tolist():
-                if weight > 0 and not vision:
+                if weight > 0 and not vision and segment in before:  # nothing predicts a segment's first token
                     pairs.append((before[segment], token))
                 before[segment] = "an image" if vision else token
             at += length

@@ -117,13 +117,13 @@ def test_blocks_are_found_in_a_row(
 def test_a_naive_row_that_begins_with_a_code_keeps_that_frame(
     demo_tokenizer: TextTokenizer, dataset_of: Callable[..., Dataset], tmp_path: Path
 ) -> None:
-    """Its first token has no weight and is a run of its own; the frame is whole all the same."""
+    """Its first token has no weight; the frame is whole all the same."""
     codes = random_codes(2)
     bos, _, block, _ = (*text_runs(demo_tokenizer, [], eos=False), *vision_runs(demo_tokenizer, codes, trained=True))
     padding = Run(np.full(256, 5, np.int32), is_vision=False, trained=True)
     dataset = dataset_of(tmp_path, [Record("a", (bos, padding, block))], 257, packing="naive")
     packed = dataset.packed(1)
-    assert packed.runs[:, 0].tolist() == [1, 256] and vision_blocks(packed) == [(1, 0, 257)]
+    assert packed.runs[:, 0].tolist() == [257] and vision_blocks(packed) == [(1, 0, 257)]
     np.testing.assert_array_equal(whole_frames(packed.tokens), codes[:1])
 
 

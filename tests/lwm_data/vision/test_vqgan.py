@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import hashlib
+import io
 import json
 import sys
 import types
@@ -13,10 +17,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from taming.modules.diffusionmodules import model as taming_layers
 
 from lwm_data.sources.tar_members import read_members
 from lwm_data.vision.frames import decode_image
-from lwm_data.vision.layers import GroupNorm
+from lwm_data.vision.layers import GroupNorm, halve_branches
 from lwm_data.vision.spec import (
     VisionTokenizerSpec,
     VQGANConfig,
@@ -30,7 +35,8 @@ from lwm_data.vision.vqgan import VQGAN, VisionTokenizer, load_vision_tokenizer,
 
 ROOT = Path(__file__).parents[3]
 DEMO_SPEC = ROOT / "tokenizers" / "demo-vision.yaml"
-BF16_AGREEMENT, KEPT_CODES, KEPT_PSNR = 0.97, 0.5, 30.0  # measured with the shipped one: 0.984, 0.59, 35.8 dB
+BF16_AGREEMENT = 0.995  # over 16 photographs; see the table in docs/vision.md
+KEPT_CODES, KEPT_PSNR = 0.5, 30.0  # measured with the shipped one: 0.59, 35.8 dB
 TINY = VQGANConfig(
     ch=32, ch_mult=(1, 1, 1, 2, 1), attn_resolutions=(8,), z_channels=12, embed_dim=6, num_codes=700, resolution=64
 )
@@ -43,6 +49,15 @@ def photos() -> np.ndarray:
     with open(ROOT / "manifests/demo/photos/00000.tar", "rb") as tar:
         members = read_members(tar, lambda name: 1 << 24 if name.endswith(".jpg") else None)
         return np.stack([decode_image(member.data) for member in members if member.data][:8])
+
+
+@pytest.fixture(scope="module")
+def other_photos() -> np.ndarray:
+    """uint8[16, 256, 256, 3]: photographs of the demo's last file, every other one mirrored."""
+    with open(ROOT / "manifests/demo/photos/00002.tar", "rb") as tar:
+        members = read_members(tar, lambda name: 1 << 24 if name.endswith(".jpg") else None)
+        pictures = [decode_image(member.data) for member in members if member.data][:16]
+    return np.stack([picture[:, :: (-1) ** number] for number, picture in enumerate(pictures)])
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +229,42 @@ def test_codes_and_pixels_equal_those_of_taming_s_vqmodel(
     assert np.abs(tokenizer.decode(codes).astype(int) - wanted).max() <= 1  # a rounding error may cross an integer
 
 
-def test_codes_in_bfloat16_are_those_of_float32_but_for_a_few(demo: VisionTokenizer, photos: np.ndarray) -> None:
+def test_codes_in_bfloat16_are_those_of_float32_but_for_a_few(
+    demo: VisionTokenizer, photos: np.ndarray, other_photos: np.ndarray
+) -> None:
     half = VisionTokenizer(demo.spec.model_copy(update={"dtype": "bf16"}), load_vision_tokenizer(DEMO_SPEC).model)
     assert half.fingerprint != demo.fingerprint
-    assert (half.encode(photos) == demo.encode(photos)).mean() > BF16_AGREEMENT
+    pixels = np.concatenate([photos, other_photos])
+    assert (half.encode(pixels) == demo.encode(pixels)).mean() > BF16_AGREEMENT
+
+
+def test_codes_of_another_way_of_bfloat16_have_another_name(demo: VisionTokenizer) -> None:
+    """Files of codes that plain bfloat16 once made are not taken for ours; those of float32 are."""
+
+    def plain(dtype: str) -> str:
+        parts = {"version": 1, "weights": demo.spec.sha256, "dtype": dtype, "config": demo.spec.config.model_dump()}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    half = demo.spec.model_copy(update={"dtype": "bf16"})
+    assert vision_tokenizer_fingerprint(demo.spec) == plain("fp32")
+    assert vision_tokenizer_fingerprint(half) != plain("bf16")
+
+
+@pytest.mark.parametrize("spread,limit", [(1.0, 0.01), (0.01, 0.01)])
+def test_a_halved_block_is_taming_s_block_but_for_rounding(spread: float, limit: float) -> None:
+    """Flat maps, too, whose mean is a hundred times their spread."""
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        encoder = VQGAN(WITHOUT_ATTENTION).encoder.eval()
+    wide = encoder.down[3].block[0]  # 32 to 64 channels
+    x = (torch.randn(2, 32, 80, 80) * spread + 1).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        exact = taming_layers.ResnetBlock.forward(copy.deepcopy(wide).double(), x.double().contiguous(), None)
+    halve_branches(encoder, torch.nn.Identity())
+    with torch.inference_mode():
+        got = wide(x.clone(memory_format=torch.channels_last), None)
+    assert got.dtype == torch.float32
+    assert float((got - exact).abs().max()) < limit * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
