@@ -20,7 +20,12 @@ from lwm_data.pack import pack
 
 FRAME = 257
 SOURCES = ("text-image", "text-video", "chats", "books")
-OF_RECORDS = (0.979, 0.012, 0.0085, 0.0005)  # about the paper's: some 10^9 pictures, 10^7 videos, 10^7 chats, 5 * 10^5 books
+OF_RECORDS = (
+    0.979,
+    0.012,
+    0.0085,
+    0.0005,
+)  # about the paper's: some 10^9 pictures, 10^7 videos, 10^7 chats, 5 * 10^5 books
 
 
 def main() -> None:

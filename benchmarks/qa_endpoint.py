@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import resource
 import subprocess
@@ -30,6 +29,7 @@ from lwm_data.terminal import RunFailed
 
 ROOT = Path(__file__).parents[1]
 LATENCY = 0.05  # seconds
+NOWHERE = "http://127.0.0.1:9/v1"
 # Short words that stand in nearly every chunk, so that the pair passes all gates.
 PAIR = {"question": "Where did Captain Ahab nail the doubloon?", "answer": "It was for all of us and it was he."}
 CONTENT = json.dumps(
@@ -116,7 +116,7 @@ def write_books(folder: Path, num_chunks: int) -> None:
 
 
 def run(url: str, folder: Path, num_chunks: int, concurrency: int) -> dict[str, Any]:
-    """One run of the generator in this process; first only as far as the cuts."""
+    """One run of the generator in this process; with NOWHERE only as far as the cuts."""
     from lwm_data.qa.generate import generate
 
     manifest = {
@@ -130,9 +130,10 @@ def run(url: str, folder: Path, num_chunks: int, concurrency: int) -> dict[str, 
         "budget": {"requests": num_chunks},
     }
     (folder / "qa.yaml").write_text(json.dumps(manifest))
-    with contextlib.suppress(RunFailed):
-        generate(folder / "qa.yaml", ["endpoint.url=http://127.0.0.1:9/v1"])
-    summary = generate(folder / "qa.yaml").described()
+    try:
+        summary = generate(folder / "qa.yaml").described()
+    except RunFailed:  # there is no server at NOWHERE; what was to be cut is cut
+        summary = {}
     return summary | {"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
 
 
@@ -167,8 +168,10 @@ def main() -> None:
                 folder = Path(name)
                 (folder / "books").mkdir()
                 write_books(folder / "books", num_chunks)
-                options = ["--run", url, name, "--chunks", str(num_chunks), "--concurrency", str(args.concurrency)]
-                done = subprocess.run([*this, *options], stdout=subprocess.PIPE, text=True, check=True)
+                sizes = ["--chunks", str(num_chunks), "--concurrency", str(args.concurrency)]
+                for address in (NOWHERE, url):
+                    command = [*this, "--run", address, name, *sizes]
+                    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             found = json.loads(done.stdout)
             served, share = busy()
             print(f"{num_chunks:8,} {served:8,} {share:7.1%} {limit:7.1%} {found['peak']:10.0f}")

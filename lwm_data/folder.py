@@ -20,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
-from uuid import uuid4
 
 import fsspec
 
@@ -30,6 +29,7 @@ from lwm_data.url_file import open_url
 from lwm_data.whole_file import remove_leftovers, sync_folder
 
 FIRST_WAITS = (1.0,)  # of the first request: a wrong endpoint should be told at once
+PROBE = ".lwm-probe"  # one name, so that a killed build leaves no second one
 REQUESTS = 16  # at a time, of many small ones
 
 
@@ -110,12 +110,11 @@ class UrlFolder:
     def check(self) -> None:
         """Write, list and remove a small object. ValueError with the remedy where that fails."""
         remove_dead_writing()
-        name = f".lwm-{uuid4().hex}"
         try:
-            fs, path = self._at(name)
+            fs, path = self._at(PROBE)
             retried(lambda: fs.pipe_file(path, b"may be deleted"), FIRST_WAITS)
             self.names()
-            fs.rm_file(path)
+            self._remove(PROBE)
         except Exception as error:
             raise refusal(error, self.url) from error
 
@@ -123,7 +122,7 @@ class UrlFolder:
         remove_dead_writing()
 
     def names(self) -> set[str]:
-        return {PurePosixPath(entry["name"]).name for entry in self._entries()}
+        return {PurePosixPath(entry["name"]).name for entry in self._entries()} - {PROBE}
 
     def sizes(self) -> dict[str, int]:
         return {PurePosixPath(of["name"]).name: int(of["size"]) for of in self._entries() if of["type"] == "file"}

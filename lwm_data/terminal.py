@@ -75,7 +75,8 @@ def _explain(error: Exception) -> tuple[int, str]:
         return 1, str(error)
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename is not None else ""
-        return (2 if error.errno in USER_ERRNOS else 1), f"{where}{error.strerror or error}"
+        remedy = "; make room and run it again: what is finished is kept" if error.errno == errno.ENOSPC else ""
+        return (2 if error.errno in USER_ERRNOS else 1), f"{where}{error.strerror or error}{remedy}"
     return 1, f"{type(error).__name__}: {error} (this is a bug; --debug shows where)"
 
 

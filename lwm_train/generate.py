@@ -9,7 +9,8 @@
 
 Every slot before a row's first is padding; a token's position is its slot minus the row's first. Prompts are put in
 batches of about one length, and lengths in buckets, so that few shapes are compiled. A row's tokens depend on
-neither its batch nor its padding: sampling is keyed by (seed, row, position).
+neither its batch nor its padding: sampling is keyed by (seed, row, position). Whoever watches sees the tokens of a
+row every WATCH_EVERY steps, and may end it.
 
 Shape suffixes as in model.py; P slots of prompts, S slots of the cache, G = H / K query heads of each key head.
 """
@@ -34,6 +35,24 @@ from lwm_train.model import Layer, Params, embed, finish_block, project_qkv, rms
 BATCH_SLOTS = 16_384  # slots of prompts in one batch
 BATCH_ROWS = 32
 SMALLEST_BUCKET = 32
+WATCH_EVERY = 16  # decode steps
+
+Watch = Callable[[int, list[int], bool], bool]
+"""(prompt's number, its tokens so far, whether these are all) -> whether to go on with it."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """How the tokens after one prompt are drawn: at most `num_tokens`; at position p a function of (seed, row, p).
+
+    temperature: 0 takes the likeliest token, else tokens are drawn from softmax(logits / temperature).
+    seed: in uint32.
+    """
+
+    num_tokens: int
+    temperature: float
+    seed: int
+    row: int = 0
 
 
 @jax.tree_util.register_dataclass
@@ -68,10 +87,29 @@ def generate(
 ) -> list[list[int]]:
     """At most `num_tokens` text tokens after each prompt, up to its `eos`, which is left out.
 
-    temperature: 0 takes the likeliest token, else tokens are drawn from softmax(logits / temperature).
-    seed: the draw at position p of prompt r is a function of (seed, r, p).
+    seed: the draw at position p of prompt r is a function of (seed, r, p); `temperature` and the rest as in
+    `generate_drawn`.
+    """
+    draws = [Draw(num_tokens, temperature, seed, row) for row in range(len(prompts))]
+    return generate_drawn(params, config, prompts, draws, eos=eos, mesh=mesh, progress=progress)
+
+
+def generate_drawn(
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    draws: Sequence[Draw],
+    *,
+    eos: int | None,
+    mesh: Mesh | None = None,
+    progress: Callable[[int], None] | None = None,
+    watch: Watch | None = None,
+) -> list[list[int]]:
+    """The tokens after each prompt by its own draw, up to its `eos`, which is left out.
+
     mesh: None is the first device, where the parameters are brought if they lie elsewhere.
     progress: called after each batch with the number of its prompts.
+    watch: called every WATCH_EVERY tokens for each prompt that is not finished, and once when it is.
 
     Raises:
         ValueError: for an empty prompt, or an id that is not in the text vocabulary.
@@ -84,25 +122,23 @@ def generate(
                 f"prompt {row}: ids from {min(prompt)} to {max(prompt)}; the model has text ids 0 to "
                 f"{config.text_vocab_size - 1}"
             )
-    if num_tokens < 1:
-        return [[] for _ in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    if max((draw.num_tokens for draw in draws), default=0) < 1:
+        return answers
     if mesh is None:
         params = jax.device_put(params, jax.devices()[0])
-    answers: list[list[int]] = [[] for _ in prompts]
     for rows, batch_rows, num_slots in _batches([len(prompt) for prompt in prompts], mesh):
         tokens = np.zeros((batch_rows, num_slots), np.int32)
         first = np.full(batch_rows, num_slots, np.int32)  # of a row that only fills up the batch: no token at all
         for i, row in enumerate(rows):
             first[i] = num_slots - len(prompts[row])
             tokens[i, first[i] :] = prompts[row]
-        numbers = np.resize(np.array(rows, np.int32), batch_rows)
-        out = _generate_batch(
-            params, config, _put(tokens, mesh), _put(first, mesh), _put(numbers, mesh), np.int32(num_tokens),
-            np.float32(temperature), np.uint32(seed), np.int32(-1 if eos is None else eos), bucket(num_tokens), mesh,
+        found = _generate_batch(
+            params, config, tokens, first, [draws[row] for row in rows], -1 if eos is None else eos, mesh,
+            None if watch is None else lambda i, ids, done, rows=rows: watch(rows[i], ids, done),
         )  # fmt: skip
-        for row, ids in zip(rows, np.asarray(out).tolist(), strict=False):
-            ids = ids[:num_tokens]
-            answers[row] = ids[: ids.index(eos)] if eos in ids else ids
+        for row, ids in zip(rows, found, strict=True):
+            answers[row] = ids
         if progress is not None:
             progress(len(rows))
     return answers
@@ -184,43 +220,125 @@ def _attend_cache(q_B1HE: jax.Array, k_BKSE: jax.Array, v_BKSE: jax.Array, seen_
     return out_BKGE.astype(q_B1HE.dtype).reshape(q_B1HE.shape)
 
 
-@partial(jax.jit, static_argnames=("config", "num_new", "mesh"))
 def _generate_batch(
-    params: Params, config: ModelConfig, tokens_BP: jax.Array, first_B: jax.Array, rows_B: jax.Array,
-    num_tokens: jax.Array, temperature: jax.Array, seed: jax.Array, eos: jax.Array, num_new: int, mesh: Mesh | None,
-) -> jax.Array:  # fmt: skip
-    """int32[B, num_new]: the first `num_tokens` of each row are its tokens, up to its eos; the rest means nothing."""
-    num_rows, num_slots = tokens_BP.shape
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), rows_B)
+    params: Params, config: ModelConfig, tokens: np.ndarray, first: np.ndarray, draws: Sequence[Draw], eos: int,
+    mesh: Mesh | None, watch: Watch | None,
+) -> list[list[int]]:  # fmt: skip
+    """The tokens of each draw's row; rows beyond them only fill up the batch."""
+    batch_rows = len(tokens)
+    filled = [*draws, *[replace(draws[0], num_tokens=0)] * (batch_rows - len(draws))]
+    drawing = _Drawing(
+        *(
+            _put(np.array(values, dtype), mesh)
+            for values, dtype in (
+                ([draw.num_tokens for draw in filled], np.int32),
+                ([draw.temperature for draw in filled], np.float32),
+                ([draw.seed for draw in filled], np.uint32),
+                ([draw.row for draw in filled], np.int32),
+            )
+        ),
+        np.int32(eos),
+    )
+    num_tokens = max(draw.num_tokens for draw in draws)
+    state = _begin(params, config, _put(tokens, mesh), _put(first, mesh), drawing, bucket(num_tokens), mesh)
+    ended = np.zeros(batch_rows, bool)
+    told = [False] * len(draws)
+    for until in [*(range(WATCH_EVERY, num_tokens, WATCH_EVERY) if watch else ()), num_tokens]:
+        state = _go_on(params, config, state, drawing, _put(ended, mesh), np.int32(until))
+        found = [
+            _up_to(ids[: min(until, draw.num_tokens)], eos)
+            for ids, draw in zip(np.asarray(state.out_BN).tolist(), draws, strict=False)
+        ]
+        if watch is None:
+            break
+        done = np.asarray(state.done_B).copy()
+        for i in range(len(draws)):
+            if not told[i]:
+                told[i] = not watch(i, found[i], bool(done[i])) or bool(done[i])
+                ended[i] = told[i]
+        if all(told):
+            break
+    return found
 
-    def sample(hidden_BD: jax.Array, slot: jax.Array) -> jax.Array:
+
+def _up_to(ids: list[int], eos: int) -> list[int]:
+    return ids[: ids.index(eos)] if eos in ids else ids
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Drawing:
+    """The draws of a batch's rows, as arrays; eos: int32[], -1 for none."""
+
+    num_tokens_B: jax.Array
+    temperature_B: jax.Array
+    seed_B: jax.Array
+    row_B: jax.Array
+    eos: jax.Array | np.int32
+
+    def sample(self, params: Params, hidden_BD: jax.Array, position_B: jax.Array) -> jax.Array:
+        """int32[B]: the token at `position_B`, after hidden_BD."""
         wide = jnp.promote_types(jnp.float32, hidden_BD.dtype)
         logits_BV = jnp.dot(hidden_BD, params.text_head.astype(hidden_BD.dtype), preferred_element_type=wide)
+        likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
         def draw() -> jax.Array:
-            draw_keys_B = jax.vmap(jax.random.fold_in)(keys_B, slot - first_B)
-            return jax.vmap(jax.random.categorical)(draw_keys_B, logits_BV / temperature).astype(jnp.int32)
+            fold_in = jax.vmap(jax.random.fold_in)
+            keys_B = fold_in(fold_in(jax.vmap(jax.random.key)(self.seed_B), self.row_B), position_B)
+            temperature_B = jnp.where(self.temperature_B > 0, self.temperature_B, 1)
+            drawn_B = jax.vmap(jax.random.categorical)(keys_B, logits_BV / temperature_B[:, None]).astype(jnp.int32)
+            return jnp.where(self.temperature_B > 0, drawn_B, likeliest_B)
 
-        return jax.lax.cond(temperature > 0, draw, lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32))
+        return jax.lax.cond(jnp.any(self.temperature_B > 0), draw, lambda: likeliest_B)
 
-    def unfinished(state: tuple[jax.Array, jax.Array, jax.Array, KVCache]) -> jax.Array:
-        _, done_B, _, cache = state
-        return (cache.num_filled - num_slots + 1 < num_tokens) & ~jnp.all(done_B)
+    def is_last(self, tokens_B: jax.Array, num_done: jax.Array | int) -> jax.Array:
+        """bool[B]: no token follows tokens_B, the `num_done`-th of each row."""
+        return (tokens_B == self.eos) | (num_done >= self.num_tokens_B)
 
-    def step(
-        state: tuple[jax.Array, jax.Array, jax.Array, KVCache],
-    ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache]:
-        out_BN, done_B, tokens_B, cache = state
-        hidden_BD, cache = decode_step(params, config, cache, tokens_B, jnp.zeros(num_rows, bool))
-        tokens_B = sample(hidden_BD, cache.num_filled)
-        out_BN = jax.lax.dynamic_update_slice(out_BN, tokens_B[:, None], (jnp.int32(0), cache.num_filled - num_slots))
-        return out_BN, done_B | (tokens_B == eos), tokens_B, cache
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _State:
+    """out_BN: int32, a row's tokens up to its eos or `num_tokens`, the rest means nothing. tokens_B: the last ones."""
+
+    out_BN: jax.Array
+    done_B: jax.Array
+    tokens_B: jax.Array
+    cache: KVCache
+
+
+@partial(jax.jit, static_argnames=("config", "num_new", "mesh"))
+def _begin(
+    params: Params, config: ModelConfig, tokens_BP: jax.Array, first_B: jax.Array, drawing: _Drawing, num_new: int,
+    mesh: Mesh | None,
+) -> _State:  # fmt: skip
+    """The state after each row's first token, with room for `num_new` tokens."""
+    num_rows, num_slots = tokens_BP.shape
     hidden_BD, cache = prefill(params, config, tokens_BP, first_B, num_slots + num_new, mesh)
-    tokens_B = sample(hidden_BD, cache.num_filled)
+    tokens_B = drawing.sample(params, hidden_BD, num_slots - first_B)
     out_BN = jnp.zeros((num_rows, num_new), jnp.int32).at[:, 0].set(tokens_B)
-    done_B = (tokens_B == eos) | (first_B == num_slots)
-    return jax.lax.while_loop(unfinished, step, (out_BN, done_B, tokens_B, cache))[0]
+    return _State(out_BN, drawing.is_last(tokens_B, 1), tokens_B, cache)
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _go_on(
+    params: Params, config: ModelConfig, state: _State, drawing: _Drawing, ended_B: jax.Array, until: jax.Array
+) -> _State:
+    """The state when each row has `until` tokens, is done, or is among `ended_B`."""
+    num_slots = state.cache.keys.shape[3] - state.out_BN.shape[1]
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.cache.num_filled - num_slots + 1 < until) & ~jnp.all(state.done_B)
+
+    def step(state: _State) -> _State:
+        text_B = jnp.zeros(state.tokens_B.shape, bool)
+        hidden_BD, cache = decode_step(params, config, state.cache, state.tokens_B, text_B)
+        tokens_B = drawing.sample(params, hidden_BD, cache.num_filled - cache.first_B)
+        num_done = cache.num_filled - num_slots + 1
+        out_BN = jax.lax.dynamic_update_slice(state.out_BN, tokens_B[:, None], (jnp.int32(0), num_done - 1))
+        return _State(out_BN, state.done_B | drawing.is_last(tokens_B, num_done), tokens_B, cache)
+
+    return jax.lax.while_loop(unfinished, step, replace(state, done_B=state.done_B | ended_B))
 
 
 def _batches(lengths: list[int], mesh: Mesh | None) -> list[tuple[list[int], int, int]]:

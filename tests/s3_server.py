@@ -119,11 +119,12 @@ class _Door:
             self._seen.append({name: environ.get(key, "") for name, key in names.items()})
             fails = self._next > 0 or self._rng.random() < self._share
             self._next = max(0, self._next - 1)
+        of_head = environ["REQUEST_METHOD"] == "HEAD"  # has no body
         if fails:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            return _answer(start_response, "503 Service Unavailable", BUSY)
+            return _answer(start_response, "503 Service Unavailable", b"" if of_head else BUSY)
         if f"Credential={KEY}/" not in environ.get("HTTP_AUTHORIZATION", ""):
-            return _answer(start_response, "403 Forbidden", DENIED)
+            return _answer(start_response, "403 Forbidden", b"" if of_head else DENIED)
         return self._inside(environ, start_response)
 
 

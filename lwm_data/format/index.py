@@ -15,6 +15,7 @@ from pydantic.dataclasses import dataclass
 
 from lwm_data.format.atomic import write_whole
 from lwm_data.format.packed import LossWeighting, Packing
+from lwm_data.format.retry import refusal
 
 FORMAT_VERSION: Final = 2  # that is written; all before are read
 INDEX = "index.json"
@@ -144,6 +145,10 @@ def read_index(url: str) -> DatasetInfo:
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
+    except Exception as error:
+        if "://" not in url:
+            raise
+        raise refusal(error, url, "read") from error
     if not isinstance(raw, dict) or "format_version" not in raw:
         raise ValueError(f"{path}: no format_version: not the index of a dataset")
     version = raw["format_version"]

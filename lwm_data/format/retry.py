@@ -49,8 +49,8 @@ def passes(error: BaseException) -> bool:
     return bool({f"{of.__module__}.{of.__qualname__}" for of in type(error).__mro__} & PASSING)
 
 
-def refusal(error: Exception, url: str) -> ValueError:
-    """What a person reads when `url` cannot be used: what came back, and the remedy."""
+def refusal(error: Exception, url: str, rights: str = "list, read, write and delete") -> ValueError:
+    """What a person reads when `url` cannot be used: what came back, and the remedy. rights: that are needed there."""
     said = str(error).strip().split("\n")[0][:300] or type(error).__name__
     name = type(error).__name__
     if isinstance(error, ImportError):
@@ -60,7 +60,7 @@ def refusal(error: Exception, url: str) -> ValueError:
         return ValueError(f"{url}: {said}; no such bucket or folder: create it, or correct the URL")
     if isinstance(error, PermissionError) or "Credential" in name or getattr(error, "status", None) in (401, 403):
         return ValueError(
-            f"{url}: {said}; access is refused: wanted credentials with the right to list, read, write and delete "
+            f"{url}: {said}; access is refused: wanted credentials with the right to {rights} "
             "there, in the environment (of s3://: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
         )
     if isinstance(error, NotImplementedError):

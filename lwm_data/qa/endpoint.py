@@ -33,6 +33,7 @@ from lwm_data.qa.spending import Spending
 from lwm_data.terminal import RunFailed
 
 MAX_RESPONSE = 8 << 20  # bytes
+SHARE_OF_429 = 0.05  # of an attempt: who asks too often among many has not failed, but must not ask for ever
 MAX_ERROR = 1 << 14  # bytes of what a server says of an error
 TOLD = 300  # characters of it that a message holds
 CONNECTS = 3  # attempts while no server was ever there
@@ -78,6 +79,7 @@ class _Again:
     detail: str
     wait: float | None = None  # seconds; None: as backoff says
     for_all: bool = False  # the wait holds for every request
+    share: float = 1.0  # of one of the attempts that a chunk has
 
 
 _Found = Answer | Failed | _Again
@@ -125,6 +127,7 @@ class EndpointClient:
 
     async def _ask(self, messages: Messages, parameters: Parameters, structured: bool) -> Answer | Failed:
         body = self._body(messages, parameters, structured)
+        spent = 0.0  # of endpoint.attempts
         for attempt in itertools.count(1):
             await self._pause.wait()
             if not self.spending.allows_another():
@@ -145,8 +148,9 @@ class EndpointClient:
                 raise RunFailed(
                     f"endpoint.url: got {self.endpoint.url}: {found.detail}; start the server, or name another"
                 )
-            if attempt >= self.endpoint.attempts:
-                return Failed(found.reason, f"{found.detail} (attempt {attempt}, the last)", "", attempt)
+            spent += found.share
+            if spent >= self.endpoint.attempts:
+                return Failed(found.reason, f"{found.detail} (request {attempt}, the last)", "", attempt)
             self.spending.retries[found.reason] += 1
             wait = found.wait if found.wait is not None else backoff(attempt, self.endpoint.max_wait, self._draw)
             if found.for_all:
@@ -181,21 +185,21 @@ class EndpointClient:
             if (wait := exhausted(headers, usual)) is not None:
                 self._pause.extend(wait)
             return self._answer(data)
-        told = self._hide(" ".join(data[:MAX_ERROR].decode("utf-8", "replace").split()))
+        told = data[: MAX_ERROR + len(self._key)].decode("utf-8", "replace")  # so that no key is cut in two and kept
+        told = " ".join(self._hide(told)[:MAX_ERROR].split())
         said = f"{status} {told[:TOLD]}".strip()
         if status == HTTPStatus.TOO_MANY_REQUESTS:
             if "insufficient_quota" in told:
                 raise RunFailed(f"{self.endpoint.url}: {said}; {REMEDIES[402]}")
-            wait = retry_after(headers, time.time())
-            wait = exhausted(headers, usual) if wait is None else wait
-            return _Again("429 too many requests", said, wait, for_all=wait is not None)
+            wait = retry_after(headers, time.time()) or exhausted(headers, usual)
+            return _Again("429 too many requests", said, wait, for_all=wait is not None, share=SHARE_OF_429)
         if schema_unknown and status >= 500 and any(word in told.lower() for word in OF_SCHEMAS):
             return Failed("refused", said, told, 0)
         if status in REMEDIES or 300 <= status < 400:
             remedy = REMEDIES.get(status, "it has moved; name the new address in endpoint.url")
             raise RunFailed(f"{self.endpoint.url}: {said}; {remedy.format(url=self.endpoint.url)}")
         if status in PASSING or status >= 500:
-            wait = retry_after(headers, time.time())
+            wait = retry_after(headers, time.time()) or None
             return _Again(f"{status // 100}xx", said, wait, for_all=wait is not None)
         return Failed("refused", said, told, 0)
 
@@ -228,7 +232,7 @@ class EndpointClient:
                 "trusted: name the host that the certificate is for, or add its authority (SSL_CERT_FILE)"
             ) from None
         if isinstance(error, TimeoutError):
-            return _Again("timeout", f"no answer within {self.endpoint.timeout:g} s")
+            return _Again("timeout", f"no answer within {self.endpoint.timeout:g} s (endpoint.timeout)")
         told = self._hide(f"{type(error).__name__}: {error}")[:TOLD]
         if isinstance(error, aiohttp.ClientConnectorError):
             return _Again("no connection", told)

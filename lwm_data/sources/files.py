@@ -28,6 +28,7 @@ from typing import Any, BinaryIO
 import fsspec
 import zstandard
 
+from lwm_data.format.retry import refusal, retried
 from lwm_data.url_file import open_url
 
 MAX_TEXT_BYTES = 64 << 20  # of one book once unpacked; encoding takes about 58 bytes of memory for each of them
@@ -81,7 +82,7 @@ def _remote(pattern: str, is_pattern: bool, manifest_key: str) -> list[str]:
         fs, inner = fsspec.core.url_to_fs(pattern)
         if not is_pattern and fs.isdir(inner):
             return _saved_files(pattern)
-        found = fs.glob(inner, detail=True)
+        found = retried(lambda: fs.glob(inner, detail=True))
         return [str(fs.unstrip_protocol(path)) for path, info in found.items() if info["type"] == "file"]
     except ImportError as error:
         package = "huggingface_hub" if protocol == "hf" else f"a package that reads {protocol}://"
@@ -91,6 +92,10 @@ def _remote(pattern: str, is_pattern: bool, manifest_key: str) -> list[str]:
             f"{manifest_key}: got {pattern}: it cannot be listed ({str(error).strip()[:200]}); check the network, or "
             "copy the files to a disk and name them there"
         ) from error
+    except Exception as error:
+        if isinstance(error, ValueError) and protocol in fsspec.available_protocols():
+            raise
+        raise ValueError(f"{manifest_key}: {refusal(error, pattern, 'list and read')}") from error
 
 
 def _saved_files(folder: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from lwm_data.build import build, build_share
 from lwm_data.cli import app
 from lwm_data.terminal import run_app
 from lwm_data.unit_range import parse_unit_range
+
+ROOT = Path(__file__).parents[2]
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -46,6 +50,24 @@ def test_a_share_from_the_command_line_says_what_remains(
     assert "2 of 6 units are in" in capsys.readouterr().out.replace("\n", " ")
     assert run_app(app, ["build", manifest, "--unit-range", "0/3"]) == 2
     assert "--unit-range: got 0/3" in capsys.readouterr().err
+
+
+def test_the_slurm_script_gives_each_job_its_share_and_the_last_one_the_rest(tmp_path: Path) -> None:
+    shown = tmp_path / "bin"
+    shown.mkdir()
+    (shown / "lwm-data").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (shown / "lwm-data").chmod(0o755)
+
+    def words(*arguments: str, **environment: str) -> list[str]:
+        path = {"PATH": f"{shown}:{os.environ['PATH']}"}
+        command = ["bash", str(ROOT / "deploy" / "slurm-build.sh"), *arguments]
+        return subprocess.run(command, env=path | environment, capture_output=True, text=True).stdout.split()
+
+    job = {"SLURM_CPUS_PER_TASK": "16", "SLURM_ARRAY_TASK_ID": "3"}
+    assert words("a.yaml", "64", **job) == ["build", "a.yaml", "--workers", "16", "--unit-range", "3/64"]
+    assert words("a.yaml", "--set", "seed=1") == ["build", "a.yaml", "--workers", "1", "--set", "seed=1"]
+    assert words("a.yaml", **job) == [], "the number of shares is wanted"
+    assert words() == []
 
 
 def test_with_json_the_progress_is_events_and_the_result_alone_is_on_stdout(

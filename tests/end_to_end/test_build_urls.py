@@ -156,6 +156,9 @@ def test_what_cannot_be_used_is_told_before_any_work(
     assert "not empty and no dataset" in refused(f"out={BUCKET}/full")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another-key")
     type(fsspec.filesystem("s3")).clear_instance_cache()
+    said = refused(f"sources.0.path={BUCKET}/in/*.txt")
+    assert f"sources.0.path: {BUCKET}/in/*.txt: " in said and "AWS_ACCESS_KEY_ID" in said
+    assert run_app(app, ["show", f"{BUCKET}/out"]) == 2 and "right to read there" in capsys.readouterr().err
     said = refused(f"out={BUCKET}/out")
     assert "Access Denied; access is refused: wanted credentials" in said and "AWS_ACCESS_KEY_ID" in said
     monkeypatch.undo()

@@ -44,7 +44,11 @@ def _app() -> typer.Typer:
     [
         ("value", 2, "lwm-test: error: a.txt: got 1, wanted 2"),
         ("missing", 2, "lwm-test: error: a.txt: No such file or directory"),
-        ("full", 1, "lwm-test: error: a.txt: No space left on device"),
+        (
+            "full",
+            1,
+            "lwm-test: error: a.txt: No space left on device; make room and run it again: what is finished is kept",
+        ),
         ("failed", 1, "lwm-test: error: loss is NaN"),
         ("bug", 1, "lwm-test: error: KeyError: 'a.txt' (this is a bug; --debug shows where)"),
         ("stop", 130, ""),

@@ -61,6 +61,7 @@ class ScriptedServer:
 
     faults: Callable[[int, Asked], str | None] = lambda number, asked: None
     reply: Callable[[Asked], str] = reply
+    error: Callable[[Asked], str] = lambda asked: f"wrong, {asked.headers.get('authorization')}"
     latency: float = 0.0
     knows_schema: bool = True
     headers: dict[str, str] = field(default_factory=dict)  # of answers
@@ -122,10 +123,7 @@ class ScriptedServer:
         elif outcome == "429":
             status, data, extra = "429 Too Many Requests", b'{"error": "slow down"}', {"Retry-After": "0.05"}
         elif outcome.isdigit():
-            status, data = (
-                f"{outcome} Wrong",
-                json.dumps({"error": f"{outcome} {asked.headers.get('authorization')}"}).encode(),
-            )
+            status, data = f"{outcome} Wrong", self.error(asked).encode()
         lines = "".join(f"{name}: {value}\r\n" for name, value in extra.items())
         writer.write(f"HTTP/1.1 {status}\r\n{lines}Content-Length: {len(data)}\r\n\r\n".encode())
         writer.write(data[: len(data) // 2] if outcome == "cut" else data)

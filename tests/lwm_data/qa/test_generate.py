@@ -316,3 +316,22 @@ def test_a_folder_of_something_else_is_refused(make: Make, tmp_path: Path) -> No
     (tmp_path / "out" / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="not empty and not of an earlier run"):
         generate(make())
+
+
+def test_many_who_ask_too_often_do_not_fail(make: Make, server: ScriptedServer) -> None:
+    server.faults = lambda number, asked: "429" if number % 4 else None
+    counts = generate(make(max_chunks=6, endpoint={"attempts": 2, "concurrency": 4})).counts
+    assert (counts.failed, counts.answered) == (0, 12)
+
+
+def test_a_key_at_the_border_of_what_is_kept_of_an_error_is_not_kept_in_part(
+    make: Make, server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lwm_data.qa.endpoint import MAX_ERROR
+
+    monkeypatch.setenv("QA_KEY", "sk-0123456789abcdef")
+    server.error = lambda asked: "x" * (MAX_ERROR - 20) + asked.headers["authorization"]
+    server.faults = lambda number, asked: "400" if "White Rabbit" in asked.chunk else None
+    assert generate(make(max_chunks=12, endpoint={"key_env": "QA_KEY"})).counts.failed > 0
+    for path in (tmp_path / "out").glob("*.jsonl"):
+        assert "sk-" not in path.read_text(encoding="utf-8").replace("risk-", "")
