@@ -1,7 +1,8 @@
 """Peak memory of a build whose input grows tenfold: many novels, and one long file of chats.
 
-Each build is a process of its own, and the largest resident size of it and its workers is taken. The text is the demo's,
-its lines shuffled, so that no two files are equal.
+Each build is a process of its own, looked at 50 times a second. What is told apart: memory of its own, and pages of
+mapped files of the token store, which the system takes back when others need room. The text is lines of the demo's
+novels in random order, so that no two files are equal.
 
     python benchmarks/peak_memory.py --megabytes 20
 """
@@ -20,17 +21,32 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "manifests" / "demo"
 FILE_BYTES = 250_000
-BUILD = (
-    "import resource, sys; from lwm_data.build import build; "
-    "build(sys.argv[1], workers=int(sys.argv[2])); "
-    "print(max(resource.getrusage(of).ru_maxrss for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"
-)
+BUILD = """
+import re, sys, threading, time
+from lwm_data.build import build
+peak = {"RssAnon": 0, "RssFile": 0}
+
+def look():
+    with open("/proc/self/status") as status:
+        said = status.read()
+    for name in peak:
+        peak[name] = max(peak[name], int(re.search(name + r":\\s+([0-9]+)", said)[1]))
+
+def watch():
+    while True:
+        look()
+        time.sleep(0.02)
+
+threading.Thread(target=watch, daemon=True).start()
+build(sys.argv[1])
+look()
+print(peak["RssAnon"], peak["RssFile"])
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=5)
-    parser.add_argument("--workers", type=int, default=1)
     args = parser.parse_args()
     lines = [line for file in sorted((DEMO / "novels").glob("*.txt")) for line in file.read_text().splitlines(True)]
     for what in ("books", "chats"):
@@ -38,8 +54,11 @@ def main() -> None:
         for megabytes in (args.megabytes, 10 * args.megabytes):
             with tempfile.TemporaryDirectory() as folder:
                 write(Path(folder), what, int(megabytes * 1e6), lines)
-                peaks.append(peak(Path(folder), args.workers))
-            print(f"{what}: {megabytes:,.0f} MB of text, peak {peaks[-1] / 1024:,.0f} MiB", flush=True)
+                own, mapped = peak(Path(folder))
+            peaks.append(own)
+            print(
+                f"{what}: {megabytes:,.0f} MB of text, {own >> 10:,} MiB, and {mapped >> 10:,} MiB mapped", flush=True
+            )
         print(f"{what}: ten times the input, {peaks[1] / peaks[0]:.2f} times the memory")
 
 
@@ -67,12 +86,13 @@ def write(folder: Path, what: str, num_bytes: int, lines: list[str]) -> None:
     (folder / "dataset.yaml").write_text(json.dumps(manifest))
 
 
-def peak(folder: Path, workers: int) -> int:
-    """KiB."""
-    command = [sys.executable, "-c", BUILD, str(folder / "dataset.yaml"), str(workers)]
+def peak(folder: Path) -> tuple[int, int]:
+    """KiB at the peak: of its own, of mapped files."""
+    command = [sys.executable, "-c", BUILD, str(folder / "dataset.yaml")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment, check=True)
-    return int(done.stdout.split()[-1])
+    own, mapped = done.stdout.split()
+    return int(own), int(mapped)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from lwm_data.format.dataset import FORMAT_VERSION, DatasetInfo, SourceCounts
 from lwm_data.format.shard import rows_per_page
 from lwm_data.format.vocab import VISION_VOCAB_SIZE, TextTokenizer, load_text_tokenizer
 from lwm_data.manifest import DatasetManifest, read_dataset_manifest
-from lwm_data.manifest_sources import AnySource, Needles
+from lwm_data.manifest_sources import AnySource, Needles, Qa
 from lwm_data.shard_plan import packing_order, plan_shards
 from lwm_data.shard_rows import RowFormat, ShardRows, StoreRef, write_shard_rows
 from lwm_data.sources.files import InputFile, find_files, hash_file
@@ -50,7 +50,7 @@ from lwm_data.whole_file import whole_file
 from lwm_data.work_folder import ShardRecord, WorkFolder, refuse_foreign
 
 VERSION = 3  # raise it when the same units give other rows
-GLOBS = ("path", "haystack", "texts")  # keys of the manifest that name files by a pattern
+GLOBS = ("path", "haystack", "books", "texts")  # keys of the manifest that name files by a pattern
 FILES_PER_WORKER = 256  # input files that are worth a process to hash them
 PATHS = (*GLOBS, "text_tokenizer", "vision_tokenizer")  # keys of the manifest that name files
 
@@ -178,7 +178,9 @@ def describe(manifest: DatasetManifest, folder: Path) -> dict[str, Any]:
 
 def _check_lengths(manifest: DatasetManifest) -> None:
     for i, source in enumerate(manifest.sources):
-        if isinstance(source, Needles) and source.tokens.max > manifest.row_length and manifest.packing == "masked":
+        if not isinstance(source, Needles | Qa) or manifest.packing == "naive":
+            continue
+        if source.tokens.max > manifest.row_length:
             raise ValueError(
                 f"sources.{i}.tokens.max: got {source.tokens.max:,}; wanted at most the row_length, "
                 f"{manifest.row_length:,}"

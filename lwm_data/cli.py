@@ -12,6 +12,7 @@ import typer
 from lwm_data.cli_output import described, print_view, view_console, where
 from lwm_data.qa_cli import qa
 from lwm_data.rearrange_cli import rearrange_app
+from lwm_data.report_cli import report
 from lwm_data.terminal import run_app
 from lwm_data.vision_cli import add_vision_verbs, vision_app
 
@@ -29,6 +30,7 @@ app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(vision_app, name="vision")
 add_vision_verbs(tokenizer_app)
 app.command()(qa)
+app.command()(report)
 
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. row_length=4096.")

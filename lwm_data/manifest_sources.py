@@ -198,6 +198,34 @@ class Needles(SourceModel):
         return self
 
 
+class Qa(SourceModel):
+    """Books with questions about them, as `lwm-data qa` writes: a long context, then questions; answers are trained."""
+
+    type: Literal["qa"]
+    deduplicate: bool = Field(default=False, description="off by default: examples may share their context")
+    path: ManifestGlob = Field(description="glob of files of pairs: .jsonl (.gz, .zst), .parquet or .arrow")
+    books: ManifestGlob = Field(description="glob of the books that the pairs are about, as in the qa manifest")
+    tokens: Count = Field(description="length of each example, drawn uniformly, which it fills as far as chunks allow")
+    join: int = Field(default=1, ge=1, le=256, description="books, by name, that are read end to end as one")
+    order: Literal["random", "reading", "interleaved"] = Field(
+        default="random",
+        description="questions at the end, shuffled or in reading order; or each after its chunk, some of them later",
+    )
+    depth: Literal["as-is", "uniform"] = Field(
+        default="as-is", description="contexts one after another, or placed so that evidence is as often anywhere"
+    )
+    questions: Count | None = Field(default=None, description="of each example, drawn; default: as many as may be")
+    max_trained: float = Field(default=0.01, gt=0, le=1, description="the share of an example that may be trained")
+    repeat: int = Field(default=1, ge=1, le=1000, description="how often each pair is asked")
+    overflow: Literal["error"] = "error"
+
+    @model_validator(mode="after")
+    def _has_depths_to_choose(self) -> Qa:
+        if self.depth == "uniform" and self.order == "interleaved":
+            raise ValueError("depth: uniform with order random or reading (interleaved asks soon after the evidence)")
+        return self
+
+
 class LwmJsonl(SourceModel):
     """The release's JSON lines: text fields and lists of codes, joined as a field spec says (`[masked]`, `a+b`)."""
 
@@ -268,5 +296,5 @@ class Videos(Media):
     )
 
 
-AnySource = Books | Text | Chats | Tokens | Needles | LwmJsonl | Images | Videos
+AnySource = Books | Text | Chats | Tokens | Needles | Qa | LwmJsonl | Images | Videos
 Source = Annotated[AnySource, Field(discriminator="type")]

@@ -94,6 +94,49 @@ def generate(
     print(write_text(run, [prompt], num_tokens, temperature, seed, chat)[0])
 
 
+Name = Annotated[str | None, typer.Option(help="What requests call the model; the run's name by default.")]
+Context = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of prompt and answer; the run's row length by default.")
+]
+
+
+@app.command()
+def serve(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network, without any key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Name = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Requests that are answered together.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 1024,
+    context: Context = None,
+    as_json: Json = False,
+) -> None:
+    """Answer OpenAI's chat/completions and completions with a run's newest checkpoint, until Ctrl-C.
+
+    Example: `lwm-train serve runs/demo/train-long --name demo`
+
+    Whoever reaches the port may ask: keep it on this machine, or put a server that knows keys before it.
+    """
+    import signal
+
+    from lwm_train.chat_protocol import ServedModel
+    from lwm_train.serve import load_model
+    from lwm_train.serve import serve as serve_until_signal
+
+    def ready(url: str, model: ServedModel) -> None:
+        if as_json:
+            said = json.dumps({"url": url, "model": model.name, "step": model.step, "context": model.context})
+        else:
+            said = f"{model.name} (step {model.step:,}, {model.context:,} tokens) at {url}; Ctrl-C ends it"
+        print(said, flush=True)
+
+    ended_by = serve_until_signal(lambda: load_model(run, name, context, max_tokens), host, port, max_batch, ready)
+    if ended_by == signal.SIGINT:
+        raise KeyboardInterrupt
+
+
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],

@@ -35,14 +35,17 @@ class ModelConfig:
     rope_theta: float = 1e4
     norm_eps: float = 1e-6
     dtype: str = "float32"  # of activations; parameters are float32 (float64 where this is)
-    remat: str = "block"  # block: a layer's activations are made again in the backward pass; none: they are kept
+    tie_heads: bool = False  # each head is its modality's embedding table, transposed
+    remat: str = "block"  # which activations of a layer are kept for the backward pass: remat.py
+    mlp_chunk: int = 8192  # tokens of a row on a device whose MLP is computed at a time: mlp.py
 
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
 
-# dim, ffn_dim, layers, heads, kv heads: 1b to 13b as in the release's lwm/llama.py, 7b is LLaMA-2 7B.
+# dim, ffn_dim, layers, heads, kv heads. 1b to 13b as in the release's lwm/llama.py, 7b and 13b are LLaMA-2's; with
+# grouped heads: 1b-gqa is TinyLlama's shape, 8b that of LLaMA-3 and Mistral, 70b that of LLaMA-2 70B.
 PRESETS: Mapping[str, tuple[int, int, int, int, int]] = {
     "tiny": (32, 64, 2, 4, 2),
     "demo": (128, 384, 3, 4, 4),
@@ -50,19 +53,32 @@ PRESETS: Mapping[str, tuple[int, int, int, int, int]] = {
     "3b": (3200, 8640, 26, 32, 32),
     "7b": (4096, 11008, 32, 32, 32),
     "13b": (5120, 13824, 40, 40, 40),
+    "1b-gqa": (2048, 5632, 22, 32, 4),
+    "8b": (4096, 14336, 32, 32, 8),
+    "70b": (8192, 28672, 80, 64, 8),
 }
 
 
 class ModelSpec(ManifestModel):
     """A preset, and what the stage changes of it."""
 
-    preset: Literal["tiny", "demo", "1b", "3b", "7b", "13b"]
+    preset: Literal["tiny", "demo", "1b", "3b", "7b", "13b", "1b-gqa", "8b", "70b"]
     rope_theta: float = Field(default=1e4, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0, description="of the norms; LLaMA-2's own weights want 1e-5")
+    tie_heads: bool = Field(default=False, description="each head is its embedding table, transposed")
 
-    def config(self, text_vocab_size: int, dtype: str = "float32", remat: str = "block") -> ModelConfig:
-        dim, ffn_dim, layers, heads, kv_heads = PRESETS[self.preset]
+    def config(
+        self, text_vocab_size: int, dtype: str = "float32", remat: str = "block", mlp_chunk: int = 8192
+    ) -> ModelConfig:
         return ModelConfig(
-            dim, ffn_dim, layers, heads, kv_heads, text_vocab_size, rope_theta=self.rope_theta, dtype=dtype, remat=remat
+            *PRESETS[self.preset],
+            text_vocab_size,
+            rope_theta=self.rope_theta,
+            norm_eps=self.norm_eps,
+            dtype=dtype,
+            tie_heads=self.tie_heads,
+            remat=remat,
+            mlp_chunk=mlp_chunk,
         )
 
 
@@ -97,9 +113,20 @@ class OptimizerSpec(ManifestModel):
     warmup: int = Field(default=0, ge=0, description="steps from 0 to lr")
     final_lr: float = Field(default=0.1, ge=0, description="at the last step, as a share of lr")
     weight_decay: float = Field(default=0.1, ge=0)
+    decay: Literal["matrices", "all"] = Field(
+        default="matrices", description="what decays: all but the norms, or all, as in the release"
+    )
     clip: float = Field(default=1.0, gt=0, description="largest global norm of a gradient")
     b1: float = Field(default=0.9, ge=0, lt=1)
     b2: float = Field(default=0.95, ge=0, lt=1)
+    moments: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="how the first moment is stored; the second is float32"
+    )
+    skip_nonfinite: Positive | None = Field(
+        default=None,
+        description="pass over a step whose gradient is not finite, and stop after so many in a row; "
+        "by default the first ends the run",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> OptimizerSpec:
@@ -124,11 +151,23 @@ class Shares(ManifestModel):
 class LossSpec(ManifestModel):
     weighting: Literal["dataset"] = "dataset"
     shares: Shares | None = None
+    z_loss: float = Field(
+        default=0.0, ge=0, description="weight of log(sum(exp(logits)))^2, added to each token's cross-entropy"
+    )
 
 
 class CheckpointSpec(ManifestModel):
     every: Positive = 100
-    keep: Positive = 3
+    keep: Positive = Field(default=3, description="newest ones")
+    keep_every: Positive | None = Field(default=None, description="besides, those of steps that this divides, for good")
+
+
+class EvaluateSpec(ManifestModel):
+    """Held-out loss while a run trains."""
+
+    every: Positive = Field(description="steps")
+    dataset: ManifestPath = Field(description="a dataset that training never saw")
+    rows: Positive = Field(default=64, description="its first ones")
 
 
 class InitFromRun(ManifestModel):
@@ -143,11 +182,15 @@ class TrainManifest(ManifestModel):
     init: Literal["random"] | InitFromRun = "random"
     model: ModelSpec
     precision: Literal["fp32", "bf16"] = "bf16"
-    remat: Literal["none", "block"] = Field(
-        default="block", description="none keeps all activations: more memory, slower on CPU"
+    remat: Literal["none", "block", "save-attention", "offload"] = Field(
+        default="block",
+        description="none keeps all activations, block none of them, save-attention the attention's results, "
+        "offload these and each layer's input in the host's memory",
     )
+    mlp_chunk: Positive = Field(default=8192, description="tokens of a row on a device whose MLP exists at a time")
     data: tuple[DataSpec, ...] = Field(min_length=1)
     batch_rows: Positive
+    accumulate: Positive = Field(default=1, description="parts of a batch, one after the other; same gradient")
     steps: Positive
     mesh: MeshSpec = MeshSpec()
     order: Literal["contiguous", "zigzag", "striped", "dealt", "auto"] = Field(
@@ -156,6 +199,10 @@ class TrainManifest(ManifestModel):
     optimizer: OptimizerSpec = OptimizerSpec()
     loss: LossSpec = LossSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
+    evaluate: EvaluateSpec | None = None
+    watchdog: float = Field(
+        default=600.0, ge=0, description="seconds without a finished step after which the run ends itself; 0: never"
+    )
 
 
 class CurriculumManifest(ManifestModel):

@@ -18,7 +18,7 @@ Shape suffixes as in model.py; P slots of prompts, S slots of the cache, G = H /
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,7 +30,7 @@ from jax.sharding import Mesh
 from lwm_train.attention import attention
 from lwm_train.config import ModelConfig
 from lwm_train.mesh import constrain, sharding
-from lwm_train.model import Layer, Params, embed, finish_block, project_qkv, rms_norm, rope_rotation
+from lwm_train.model import Layer, Params, embed, finish_block, heads, project_qkv, rms_norm, rope_rotation
 
 BATCH_SLOTS = 16_384  # slots of prompts in one batch
 BATCH_ROWS = 32
@@ -133,11 +133,11 @@ def generate_drawn(
         for i, row in enumerate(rows):
             first[i] = num_slots - len(prompts[row])
             tokens[i, first[i] :] = prompts[row]
-        found = _generate_batch(
-            params, config, tokens, first, [draws[row] for row in rows], -1 if eos is None else eos, mesh,
-            None if watch is None else lambda i, ids, done, rows=rows: watch(rows[i], ids, done),
+        drawn = {row: draws[row] for row in rows}
+        answers_of_batch = _generate_batch(
+            params, config, tokens, first, drawn, -1 if eos is None else eos, mesh, watch
         )  # fmt: skip
-        for row, ids in zip(rows, found, strict=True):
+        for row, ids in zip(rows, answers_of_batch, strict=True):
             answers[row] = ids
         if progress is not None:
             progress(len(rows))
@@ -221,22 +221,17 @@ def _attend_cache(q_B1HE: jax.Array, k_BKSE: jax.Array, v_BKSE: jax.Array, seen_
 
 
 def _generate_batch(
-    params: Params, config: ModelConfig, tokens: np.ndarray, first: np.ndarray, draws: Sequence[Draw], eos: int,
+    params: Params, config: ModelConfig, tokens: np.ndarray, first: np.ndarray, drawn: Mapping[int, Draw], eos: int,
     mesh: Mesh | None, watch: Watch | None,
 ) -> list[list[int]]:  # fmt: skip
-    """The tokens of each draw's row; rows beyond them only fill up the batch."""
-    batch_rows = len(tokens)
+    """The tokens of each prompt of `drawn` (its number and draw); rows beyond them only fill up the batch."""
+    batch_rows, numbers, draws = len(tokens), list(drawn), list(drawn.values())
     filled = [*draws, *[replace(draws[0], num_tokens=0)] * (batch_rows - len(draws))]
     drawing = _Drawing(
-        *(
-            _put(np.array(values, dtype), mesh)
-            for values, dtype in (
-                ([draw.num_tokens for draw in filled], np.int32),
-                ([draw.temperature for draw in filled], np.float32),
-                ([draw.seed for draw in filled], np.uint32),
-                ([draw.row for draw in filled], np.int32),
-            )
-        ),
+        _put(np.array([draw.num_tokens for draw in filled], np.int32), mesh),
+        _put(np.array([draw.temperature for draw in filled], np.float32), mesh),
+        _put(np.array([draw.seed for draw in filled], np.uint32), mesh),
+        _put(np.array([draw.row for draw in filled], np.int32), mesh),
         np.int32(eos),
     )
     num_tokens = max(draw.num_tokens for draw in draws)
@@ -251,10 +246,10 @@ def _generate_batch(
         ]
         if watch is None:
             break
-        done = np.asarray(state.done_B).copy()
-        for i in range(len(draws)):
+        done = np.asarray(state.done_B)
+        for i, number in enumerate(numbers):
             if not told[i]:
-                told[i] = not watch(i, found[i], bool(done[i])) or bool(done[i])
+                told[i] = not watch(number, found[i], bool(done[i])) or bool(done[i])
                 ended[i] = told[i]
         if all(told):
             break
@@ -279,7 +274,7 @@ class _Drawing:
     def sample(self, params: Params, hidden_BD: jax.Array, position_B: jax.Array) -> jax.Array:
         """int32[B]: the token at `position_B`, after hidden_BD."""
         wide = jnp.promote_types(jnp.float32, hidden_BD.dtype)
-        logits_BV = jnp.dot(hidden_BD, params.text_head.astype(hidden_BD.dtype), preferred_element_type=wide)
+        logits_BV = jnp.dot(hidden_BD, heads(params)[0].astype(hidden_BD.dtype), preferred_element_type=wide)
         likeliest_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
         def draw() -> jax.Array:

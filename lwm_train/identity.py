@@ -15,8 +15,8 @@ from typing import Any
 import jax
 
 from lwm_data.format.dataset import Dataset
-from lwm_train.checkpoint import RUN_FILE, read_run_file
 from lwm_train.config import InitFromRun, ModelConfig, TrainManifest
+from lwm_train.run_file import RUN_FILE, read_run_file
 
 # What a resumed run may not change: with another value it would be another run.
 FIXED = ("seed", "init", "model", "precision", "data", "batch_rows", "steps", "optimizer", "loss")

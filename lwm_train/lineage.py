@@ -20,7 +20,6 @@ import jax
 import yaml
 
 from lwm_data.format.dataset import Dataset, open_dataset
-from lwm_train.checkpoint import read_run_file, run_model_config
 from lwm_train.evaluate.heldout import HeldoutLoss
 from lwm_train.evaluate.needle import NeedleAnswer, NeedleResult
 from lwm_train.evaluate.run import EVAL_FILE, run_key
@@ -28,6 +27,7 @@ from lwm_train.metrics import METRICS
 from lwm_train.model import param_shapes
 from lwm_train.report import HeldoutPoint, ReportContent, Sample, StageFacts
 from lwm_train.report_lines import read_metrics
+from lwm_train.run_file import read_run_file, run_model_config
 
 
 def report_content(run: Path) -> ReportContent:

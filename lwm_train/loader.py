@@ -4,7 +4,8 @@
       -> dataset d and draw k: its k-th row so far    by the shares, exact at every g, no state
       -> row of d: a fresh permutation every epoch    by a keyed Feistel network, no table
 
-Nothing is remembered between steps, so resuming needs the step alone, whatever the mesh or number of hosts.
+Nothing is remembered between steps, so resuming needs the step alone, whatever the mesh or number of hosts. What of
+the rows a process reads is in row_reader.py.
 """
 
 from __future__ import annotations
@@ -15,26 +16,14 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-import numpy as np
 from jax.sharding import Mesh
 
 from lwm_data.format.dataset import Dataset
-from lwm_data.format.packed import Arrays, row_of
-from lwm_train.attention.order import token_order
-from lwm_train.batch import Batch, make_batch, put_on_mesh
+from lwm_train.batch import Batch
+from lwm_train.row_reader import RowAddress, part_of_process, put_part, read_part
 
 AHEAD = 2  # batches read before they are asked for
-TILE = 128  # tokens that stay together when a row is dealt over the ring
-
-
-@dataclass(frozen=True)
-class RowAddress:
-    """A row of one of the datasets."""
-
-    dataset: int
-    row: int
 
 
 def rows_at(
@@ -93,26 +82,18 @@ class Loader:
     ) -> None:
         self._datasets, self._shares, self._seed = datasets, shares, seed
         self._batch_rows, self._mesh, self._order = batch_rows, mesh, order
+        self._length = datasets[0].info.row_length
+        self._part = part_of_process(mesh, batch_rows, self._length)
         self.seconds_waited = 0.0
+
+    def rows(self, step: int) -> list[RowAddress]:
+        """The rows of batch `step`, those of other processes too."""
+        return rows_at(self._seed, step, self._batch_rows, [len(d) for d in self._datasets], self._shares)
 
     def batch(self, step: int) -> Batch:
         """The batch of step `step`, on the mesh."""
-        num_rows = [len(dataset) for dataset in self._datasets]
-        addresses = rows_at(self._seed, step, self._batch_rows, num_rows, self._shares)
-        rows = self._read(addresses)
-        return put_on_mesh(make_batch(rows, ring_orders(rows, self._order, self._mesh)), self._mesh)
-
-    def _read(self, addresses: Sequence[RowAddress]) -> list[Arrays]:
-        """The rows at `addresses`, those of a dataset all at once."""
-        rows: dict[int, Arrays] = {}
-        for number, dataset in enumerate(self._datasets):
-            places = [place for place, address in enumerate(addresses) if address.dataset == number]
-            if places:
-                numbers = [addresses[place].row for place in places]
-                dataset.will_need(numbers)  # a disk loads them side by side, not one after another
-                arrays = dataset.read_batch(numbers)
-                rows |= {place: row_of(arrays, i) for i, place in enumerate(places)}
-        return [rows[place] for place in range(len(addresses))]
+        part = read_part(self._datasets, self.rows(step), self._part, self._order, self._mesh.shape["sp"])
+        return put_part(part, self._part, self._mesh, self._batch_rows, self._length)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps start..stop, in turn. An error in reading is raised here."""
@@ -147,11 +128,3 @@ class Loader:
         finally:
             left.set()
             thread.join()
-
-
-def ring_orders(rows: Sequence[Arrays], order: str, mesh: Mesh) -> list[np.ndarray] | None:
-    """The order of each row's tokens over the ring; None where one device holds the whole row."""
-    ring = mesh.shape["sp"]
-    if ring == 1 or order == "contiguous":
-        return None
-    return [token_order(order, row["segment_ids"], ring, TILE) for row in rows]

@@ -4,6 +4,9 @@
     coefficient = weight / sum(weights)                                     without shares
                 = share_m * weight / sum(weights of modality m)             with shares: text 0.5, vision 0.5
 
+With `z_loss` z each token's ce gets z * log(sum(exp(logits)))^2 added, which keeps logits near 0; what is reported is
+ce alone.
+
 Logits exist for CHUNK tokens at a time: at 1M tokens a row's would be 170 GB. Since the loss is linear in the
 coefficients and they do not depend on the parameters, d loss / d hidden and d loss / d head are made beside the
 loss, chunk by chunk, and the backward pass only scales them. A chunk without a target of one modality skips
@@ -45,11 +48,19 @@ def loss_and_sums(
     batch: Batch,
     shares: Shares | None = None,
     mesh: Mesh | None = None,
+    *,
+    z_loss: float = 0.0,
+    of_total: jax.Array | None = None,
 ) -> tuple[jax.Array, ModalitySums]:
-    """The scalar to minimise, and what to report (not differentiated)."""
+    """The scalar to minimise, and what to report (not differentiated).
+
+    of_total: `weight_totals` of the batch that this one is a part of; losses and sums of all parts add up to the
+    whole's. By default it is the whole.
+    """
     weights_BL = batch.target_weights.astype(jnp.promote_types(jnp.float32, hidden_BLD.dtype))
     is_vision_BL = batch.target_vision
-    total = jnp.stack([jnp.sum(weights_BL * ~is_vision_BL), jnp.sum(weights_BL * is_vision_BL)])
+    own_total = weight_totals(batch, weights_BL.dtype)
+    total = own_total if of_total is None else of_total
     if shares is None:
         scale = jnp.broadcast_to(1 / jnp.maximum(total.sum(), 1e-30), (2,))
     else:
@@ -57,20 +68,26 @@ def loss_and_sums(
         scale = share / jnp.maximum(share.sum(), 1e-30) / jnp.maximum(total, 1e-30)
     coefficients_BL = weights_BL * jnp.where(is_vision_BL, scale[1], scale[0])
     weighted_loss, sums = _cross_entropy(
-        hidden_BLD, text_head_DV, vision_head_DV, batch.targets, is_vision_BL, weights_BL, coefficients_BL, mesh
+        hidden_BLD, text_head_DV, vision_head_DV, batch.targets, is_vision_BL, weights_BL, coefficients_BL, mesh, z_loss
     )
     ce = jax.lax.stop_gradient(sums)
-    return weighted_loss, ModalitySums(ce[0], total, ce[1], ce[2], ce[3])
+    return weighted_loss, ModalitySums(ce[0], own_total, ce[1], ce[2], ce[3])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(7,))
+def weight_totals(batch: Batch, dtype: Any = jnp.float32) -> jax.Array:
+    """Sums of the batch's target weights, of text and of vision; [2]."""
+    weights_BL = batch.target_weights.astype(dtype)
+    return jnp.stack([jnp.sum(weights_BL * ~batch.target_vision), jnp.sum(weights_BL * batch.target_vision)])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _cross_entropy(
     hidden: jax.Array, text_head: jax.Array, vision_head: jax.Array, targets: jax.Array, is_vision: jax.Array,
-    weights: jax.Array, coefficients: jax.Array, mesh: Mesh | None,
+    weights: jax.Array, coefficients: jax.Array, mesh: Mesh | None, z_loss: float,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """(sum of coefficient * ce, sums[4, 2]); differentiable in hidden and the heads."""
     loss, sums = _on_mesh(
-        hidden, text_head, vision_head, targets, is_vision, weights, coefficients, mesh, with_gradient=False
+        hidden, text_head, vision_head, targets, is_vision, weights, coefficients, mesh, z_loss, with_gradient=False
     )
     return loss, sums
 
@@ -80,7 +97,7 @@ def _forward(*args: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[Any, ...]]:
     return (loss, sums), (d_hidden, d_text, d_vision)
 
 
-def _backward(mesh: Mesh | None, gradients: tuple[jax.Array, ...], cotangents: Any) -> tuple[Any, ...]:
+def _backward(mesh: Mesh | None, z_loss: float, gradients: tuple[jax.Array, ...], cotangents: Any) -> tuple[Any, ...]:
     scale = cotangents[0]
     return (*((scale * g).astype(g.dtype) for g in gradients), None, None, None, None)
 
@@ -90,11 +107,12 @@ _cross_entropy.defvjp(_forward, _backward)
 
 def _on_mesh(
     hidden: jax.Array, text_head: jax.Array, vision_head: jax.Array, targets: jax.Array, is_vision: jax.Array,
-    weights: jax.Array, coefficients: jax.Array, mesh: Mesh | None, *, with_gradient: bool,
+    weights: jax.Array, coefficients: jax.Array, mesh: Mesh | None, z_loss: float, *, with_gradient: bool,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """Each device sums over its own tokens and its own part of the vocabulary; then the sums meet."""
     if mesh is None:
-        return _local(hidden, text_head, vision_head, targets, is_vision, weights, coefficients, (), 1, with_gradient)
+        arrays = (hidden, text_head, vision_head, targets, is_vision, weights, coefficients)
+        return _local(*arrays, axes=(), tp=1, z_loss=z_loss, with_gradient=with_gradient)
     tokens = PartitionSpec(("dp", "fsdp"), "sp")
     head = PartitionSpec(None, "tp")
     tp = mesh.shape["tp"]
@@ -102,7 +120,7 @@ def _on_mesh(
         raise ValueError(
             f"mesh: tp {tp} does not divide vocabularies of {text_head.shape[1]} and {vision_head.shape[1]}"
         )
-    local = partial(_local, axes=("dp", "fsdp", "sp"), tp=tp, with_gradient=with_gradient)
+    local = partial(_local, axes=("dp", "fsdp", "sp"), tp=tp, z_loss=z_loss, with_gradient=with_gradient)
     out = (PartitionSpec(), PartitionSpec()) + ((tokens, head, head) if with_gradient else ())
     return jax.shard_map(
         local,
@@ -115,7 +133,7 @@ def _on_mesh(
 
 def _local(
     hidden: jax.Array, text_head: jax.Array, vision_head: jax.Array, targets: jax.Array, is_vision: jax.Array,
-    weights: jax.Array, coefficients: jax.Array, axes: tuple[str, ...], tp: int, with_gradient: bool,
+    weights: jax.Array, coefficients: jax.Array, axes: tuple[str, ...], tp: int, z_loss: float, with_gradient: bool,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """One device's tokens, CHUNK at a time."""
     shape = hidden.shape
@@ -146,7 +164,8 @@ def _local(
             picked = jnp.where(mine, jnp.take_along_axis(logits, column[:, None], axis=1)[:, 0], 0)
             if tp > 1:
                 partition, picked = jax.lax.psum((partition, picked), "tp")
-            ce = jnp.log(partition) + top - picked
+            lse = jnp.log(partition) + top
+            ce = lse - picked
             trained = weight > 0
             sums = jnp.stack(
                 [
@@ -154,12 +173,13 @@ def _local(
                     jnp.sum(trained * ce),
                     jnp.sum(trained, dtype=wide),
                     jnp.sum(trained & (picked >= top), dtype=wide),
-                    jnp.sum(coef * ce),
+                    jnp.sum(coef * (ce + z_loss * lse * lse)) if z_loss else jnp.sum(coef * ce),
                 ]
             )
             if not with_gradient:
                 return sums, jnp.zeros_like(h), d_head
-            d_logits = unnormed * (coef / partition)[:, None]
+            pull = coef * (1 + 2 * z_loss * lse) if z_loss else coef  # of ce + z lse^2 on lse
+            d_logits = unnormed * (pull / partition)[:, None]
             d_logits = d_logits.at[jnp.arange(chunk), column].add(-coef * mine).astype(h.dtype)
             d_h = jnp.dot(d_logits, head.T, preferred_element_type=wide).astype(h.dtype)
             return sums, d_h, d_head + jnp.dot(h.T, d_logits, preferred_element_type=wide)

@@ -72,10 +72,13 @@ def constrain(x: jax.Array, mesh: Mesh | None, *logical: str | None) -> jax.Arra
 def tree_shardings(mesh: Mesh, logical_axes: Any, tree: Any) -> Any:
     """The sharding of every leaf of `tree`; `logical_axes` has a tuple of logical axes in each leaf's place.
 
-    An axis that its mesh axes do not divide is left whole (a demo's odd vocabulary on many devices).
+    An axis that its mesh axes do not divide is left whole (a demo's odd vocabulary on many devices). A leaf that
+    is not there (None: a tied head) stays so.
     """
 
-    def one(leaf: Any, axes: tuple[str | None, ...]) -> NamedSharding:
+    def one(leaf: Any, axes: tuple[str | None, ...]) -> NamedSharding | None:
+        if leaf is None:
+            return None
         parts = []
         for size, axis in zip(leaf.shape, axes, strict=True):
             names = RULES[axis]
@@ -83,7 +86,7 @@ def tree_shardings(mesh: Mesh, logical_axes: Any, tree: Any) -> Any:
             parts.append(names if size % math.prod(mesh.shape[name] for name in names_tuple) == 0 else None)
         return NamedSharding(mesh, PartitionSpec(*parts))
 
-    return jax.tree.map(one, tree, logical_axes)
+    return jax.tree.map(one, tree, logical_axes, is_leaf=lambda leaf: leaf is None)
 
 
 def request_devices(specs: Sequence[MeshSpec]) -> None:

@@ -5,6 +5,7 @@
      "time": ...}
 
 vision_share: of the loss's weights, those on vision: loss = (1 - vision_share) text_loss + vision_share vision_loss.
+skipped: with `skip_nonfinite`, steps so far whose gradient was not finite; what is NaN in their lines is null.
 tokens: of the run so far, padding too. seconds_waited: of steps for data, so far. time: seconds since this start.
 """
 
@@ -46,7 +47,7 @@ class MetricsLog:
         loss = float(report.loss)
         sums = report.sums
         now = time.monotonic()
-        tokens = self._batch_tokens
+        tokens, skipped = self._batch_tokens, int(report.num_skipped)
         by_modality = [
             float(ce) / float(weights) if weights > 0 else None
             for ce, weights in zip(sums.weighted_ce, sums.weights, strict=True)
@@ -58,7 +59,7 @@ class MetricsLog:
             "text_loss": by_modality[0],
             "vision_loss": by_modality[1],
             "vision_share": vision_share(float(sums.weights[0]), float(sums.weights[1]), self._manifest.loss.shares),
-            "lr": float(self._schedule(step - 1)),
+            "lr": float(self._schedule(max(0, step - 1 - skipped))),  # a skipped step does not move the schedule
             "grad_norm": float(report.grad_norm),
             "tokens": step * tokens,
             "trained_tokens": int(sums.num_trained.sum()),
@@ -66,9 +67,15 @@ class MetricsLog:
             "seconds_waited": round(seconds_waited, 4),
             "time": round(now - self._begin, 3),
         }
+        limit = self._manifest.optimizer.skip_nonfinite
+        if limit is not None:
+            line["skipped"] = skipped
         self._last = now
+        line = {key: None if value != value else value for key, value in line.items()}  # NaN is not JSON
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        if limit is not None and 0 < int(report.skipped_in_a_row) < limit:
+            return f"step {step} skipped: its gradient is not finite ({skipped} skipped so far)"
         if not bool(report.is_finite):
             raise RunFailed(
                 f"{self._manifest.name}: step {step}: loss {loss:g}, gradient norm {float(report.grad_norm):g}, or a "

@@ -4,6 +4,8 @@
       L times:  x += attention(norm(x));  x += swiglu(norm(x))          layers are scanned: leaves are [layers, ...]
     norm --> hidden_BLD --> text head [D, V], vision head [D, 8448]     heads are applied in loss.py and generate.py
 
+Remat and the MLP's chunks say how much of a layer exists at a time and change no result (remat.py, mlp.py).
+
 Shape suffixes: B rows, L tokens of a row, D dim, H heads, K key/value heads, E head dim, F ffn dim, V vocabulary.
 Positions are given, never assumed, so packed rows and any order of the tokens need no special case here.
 """
@@ -19,7 +21,9 @@ from jax.sharding import Mesh
 
 from lwm_train.attention import attention
 from lwm_train.config import ModelConfig
-from lwm_train.mesh import constrain
+from lwm_train.mesh import constrain, spec_of
+from lwm_train.mlp import linear, swiglu
+from lwm_train.remat import remat
 
 
 @jax.tree_util.register_dataclass
@@ -41,14 +45,14 @@ class Layer:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Params:
-    """All parameters of the model."""
+    """All parameters of the model. The heads are None where they are tied: `heads` gives them."""
 
     text_embedding: jax.Array  # [V, D]
     vision_embedding: jax.Array  # [8448, D]
     layers: Layer
     final_norm: jax.Array  # [D]
-    text_head: jax.Array  # [D, V]
-    vision_head: jax.Array  # [D, 8448]
+    text_head: jax.Array | None  # [D, V]
+    vision_head: jax.Array | None  # [D, 8448]
 
 
 _AnyLayer: Any = Layer  # the same trees with something else than arrays as leaves
@@ -94,8 +98,8 @@ def param_shapes(config: ModelConfig) -> Params:
             w2=(n, f, d),
         ),
         final_norm=(d,),
-        text_head=(d, config.text_vocab_size),
-        vision_head=(d, config.vision_vocab_size),
+        text_head=None if config.tie_heads else (d, config.text_vocab_size),
+        vision_head=None if config.tie_heads else (d, config.vision_vocab_size),
     )
     return shapes
 
@@ -119,6 +123,13 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return params
 
 
+def heads(params: Params) -> tuple[jax.Array, jax.Array]:
+    """The text head [D, V] and the vision head [D, 8448]."""
+    if params.text_head is None or params.vision_head is None:
+        return params.text_embedding.T, params.vision_embedding.T
+    return params.text_head, params.vision_head
+
+
 def _is_shape(x: object) -> bool:
     return isinstance(x, tuple)
 
@@ -134,7 +145,7 @@ def forward(
 ) -> jax.Array:
     """hidden_BLD, normalised, ready for a head."""
     dtype = jnp.dtype(config.dtype)
-    x_BLD = embed(params, tokens_BL, vision_mask_BL).astype(dtype)
+    x_BLD = embed(params, tokens_BL, vision_mask_BL, mesh).astype(dtype)
     x_BLD = constrain(x_BLD, mesh, "batch", "length", None)
     rotation = rope_rotation(position_ids_BL, config, dtype)
 
@@ -142,18 +153,45 @@ def forward(
         layer = jax.tree.map(lambda w: w.astype(dtype), layer)
         q, k, v = project_qkv(layer, config, x_BLD, rotation)
         out_BLHE = attention(q, k, v, segment_ids_BL, position_ids_BL, mesh=mesh)
-        x_BLD = finish_block(layer, config, x_BLD, out_BLHE)
+        x_BLD = finish_block(layer, config, x_BLD, out_BLHE, config.mlp_chunk, mesh)
         return constrain(x_BLD, mesh, "batch", "length", None), None
 
-    x_BLD, _ = jax.lax.scan(jax.checkpoint(block) if config.remat == "block" else block, x_BLD, params.layers)
+    x_BLD, _ = jax.lax.scan(remat(config.remat, block, mesh), x_BLD, params.layers)
     return rms_norm(x_BLD, params.final_norm, config.norm_eps)
 
 
-def embed(params: Params, tokens_BL: jax.Array, vision_mask_BL: jax.Array) -> jax.Array:
-    """Each token's row of its modality's table."""
-    text = params.text_embedding[jnp.where(vision_mask_BL, 0, tokens_BL)]
-    vision = params.vision_embedding[jnp.where(vision_mask_BL, tokens_BL, 0)]
-    return jnp.where(vision_mask_BL[..., None], vision, text)
+def embed(params: Params, tokens_BL: jax.Array, vision_mask_BL: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+    """Each token's row of its modality's table.
+
+    On a mesh each device looks up its own tokens in its own part of the vocabulary. Left to itself the compiler
+    gathers both tables whole on every device, and then all tokens' rows too.
+    """
+    tables = params.text_embedding, params.vision_embedding
+    if mesh is None or mesh.size == 1:
+        text = tables[0][jnp.where(vision_mask_BL, 0, tokens_BL)]
+        vision = tables[1][jnp.where(vision_mask_BL, tokens_BL, 0)]
+        return jnp.where(vision_mask_BL[..., None], vision, text)
+
+    def on_each_device(tables: tuple[jax.Array, jax.Array], tokens: jax.Array, vision_mask: jax.Array) -> jax.Array:
+        text, vision = (_own_rows(table, tokens) for table in tables)
+        return jax.lax.psum(jnp.where(vision_mask[..., None], vision, text), "tp")
+
+    vocabulary, tokens = spec_of("vocab", None), spec_of("batch", "length")
+    sharded = jax.shard_map(
+        on_each_device,
+        mesh=mesh,
+        in_specs=((vocabulary, vocabulary), tokens, tokens),
+        out_specs=spec_of("batch", "length", None),
+        check_vma=False,
+    )
+    return sharded(tables, tokens_BL, vision_mask_BL)
+
+
+def _own_rows(table_VD: jax.Array, tokens_BL: jax.Array) -> jax.Array:
+    """Rows of this device's part of the vocabulary; zeros for tokens of another part."""
+    at_BL = tokens_BL - jax.lax.axis_index("tp") * len(table_VD)
+    own_BL = (at_BL >= 0) & (at_BL < len(table_VD))
+    return jnp.where(own_BL[..., None], table_VD[jnp.where(own_BL, at_BL, 0)], 0)
 
 
 def rope_rotation(position_ids_BL: jax.Array, config: ModelConfig, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -180,34 +218,18 @@ def project_qkv(
     return rotate(q, rotation), rotate(k, rotation), v
 
 
-def finish_block(layer: Layer, config: ModelConfig, x_BLD: jax.Array, out_BLHE: jax.Array) -> jax.Array:
+def finish_block(
+    layer: Layer,
+    config: ModelConfig,
+    x_BLD: jax.Array,
+    out_BLHE: jax.Array,
+    mlp_chunk: int | None = None,
+    mesh: Mesh | None = None,
+) -> jax.Array:
     """The residual stream after attention's output projection and the MLP of one layer."""
     x_BLD = x_BLD + linear(out_BLHE.reshape(*x_BLD.shape[:2], -1), layer.wo)
     h_BLD = rms_norm(x_BLD, layer.ffn_norm, config.norm_eps)
-    return x_BLD + linear(jax.nn.silu(linear(h_BLD, layer.w1)) * linear(h_BLD, layer.w3), layer.w2)
-
-
-@jax.custom_vjp
-def linear(x_BLD: jax.Array, w_DF: jax.Array) -> jax.Array:
-    """x @ w.
-
-    In the backward pass the incoming gradient is made once, before both products that need it: XLA's CPU backend
-    otherwise computes it again inside each, element by element, and a layer's backward pass takes 2.4 times as long.
-    """
-    return x_BLD @ w_DF
-
-
-def _linear_forward(x_BLD: jax.Array, w_DF: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x_BLD @ w_DF, (x_BLD, w_DF)
-
-
-def _linear_backward(saved: tuple[jax.Array, jax.Array], dy_BLF: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x_BLD, w_DF = saved
-    dy_BLF = jax.lax.optimization_barrier(dy_BLF)
-    return dy_BLF @ w_DF.T, jnp.einsum("bld,blf->df", x_BLD, dy_BLF)
-
-
-linear.defvjp(_linear_forward, _linear_backward)
+    return x_BLD + swiglu(h_BLD, layer.w1, layer.w3, layer.w2, mlp_chunk, mesh)
 
 
 def rms_norm(x_BLD: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:

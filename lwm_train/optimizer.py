@@ -1,13 +1,17 @@
 """The optimizer of a manifest, from optax.
 
-adamw   every parameter; norms do not decay
+adamw   every parameter; norms do not decay, unless `decay: all` says so
 muon    the layers' matrices by momentum made orthogonal (Newton-Schulz), which learns from fewer tokens;
         embeddings, heads and norms by AdamW with a rate of their own
+
+`moments: bf16` stores the first moment (AdamW's mean, Muon's momentum) in bfloat16: 2 bytes a parameter less. AdamW's
+second moment stays float32, since its root divides the update. Both are computed in float32.
 """
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
@@ -21,13 +25,22 @@ def make_schedule(spec: OptimizerSpec, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation:
-    """A clip of the gradient's global norm, then the optimizer that `spec` names."""
+    """A clip of the gradient's global norm, then the optimizer that `spec` names.
+
+    With `skip_nonfinite` a gradient that is not finite moves nothing, neither parameters nor moments nor the
+    schedule; the state counts them. Whoever runs the steps stops after so many in a row.
+    """
+    optimizer = _make(spec, steps)
+    return optimizer if spec.skip_nonfinite is None else optax.apply_if_finite(optimizer, spec.skip_nonfinite)
+
+
+def _make(spec: OptimizerSpec, steps: int) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(spec.clip)
     if spec.name == "adamw":
         return optax.chain(clip, _adamw(spec, spec.lr, steps))
     assert spec.adam_lr is not None
     muon = optax.chain(
-        scale_by_muon(beta=spec.b2, weight_dimension_numbers=_matrix_dims),
+        scale_by_muon(beta=spec.b2, mu_dtype=_mu_dtype(spec), weight_dimension_numbers=_matrix_dims),
         optax.add_decayed_weights(spec.weight_decay),
         optax.scale_by_learning_rate(make_schedule(spec, steps)),
     )
@@ -36,7 +49,18 @@ def make_optimizer(spec: OptimizerSpec, steps: int) -> optax.GradientTransformat
 
 
 def _adamw(spec: OptimizerSpec, lr: float, steps: int) -> optax.GradientTransformation:
-    return optax.adamw(_schedule(spec, lr, steps), b1=spec.b1, b2=spec.b2, weight_decay=spec.weight_decay, mask=_decays)
+    return optax.adamw(
+        _schedule(spec, lr, steps),
+        b1=spec.b1,
+        b2=spec.b2,
+        mu_dtype=_mu_dtype(spec),
+        weight_decay=spec.weight_decay,
+        mask=None if spec.decay == "all" else _decays,
+    )
+
+
+def _mu_dtype(spec: OptimizerSpec) -> jnp.dtype | None:
+    return jnp.dtype(jnp.bfloat16) if spec.moments == "bf16" else None
 
 
 def _schedule(spec: OptimizerSpec, lr: float, steps: int) -> optax.Schedule:

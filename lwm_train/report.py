@@ -21,10 +21,10 @@ import jinja2
 
 from lwm_data.format.atomic import write_whole
 from lwm_data.format.dataset import Dataset
+from lwm_data.vision.page_pictures import Pictures
 from lwm_train.evaluate.heldout import HeldoutLoss
 from lwm_train.evaluate.needle import CHANCE, NeedleAnswer, NeedleResult
 from lwm_train.report_lines import loss_chart, mean_share, median_speed, rate_chart, read_metrics, share_chart
-from lwm_train.report_pictures import Pictures
 from lwm_train.report_rows import draw_rows
 
 SHOWN_ANSWERS = 3  # right ones, and as many wrong ones

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from lwm_data.format.dataset import Dataset
 from lwm_data.format.packed import Arrays
 from lwm_data.format.vocab import CODES_PER_FRAME, EOF
+from lwm_data.vision.page_pictures import Pictures
 from lwm_data.vision.pictures import vision_blocks
-from lwm_train.report_pictures import Pictures
 
 ROWS = 3  # drawn of each dataset
 HEAD = 150  # pieces shown from a row's beginning

@@ -58,7 +58,7 @@ def _train_stage(manifest: TrainManifest, allow: Sequence[str], asked: list[str]
     datasets = [open_dataset(spec.dataset) for spec in manifest.data]
     tokenizer = _shared_tokenizer(manifest, datasets)
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[manifest.precision]
-    config = manifest.model.config(tokenizer.vocab_size, dtype, manifest.remat)
+    config = manifest.model.config(tokenizer.vocab_size, dtype, manifest.remat, manifest.mlp_chunk)
     content = run_content(manifest, datasets, config)
     check_unchanged(run, content, allow)
     mesh = make_mesh(manifest.mesh)
@@ -87,7 +87,7 @@ def _train_stage(manifest: TrainManifest, allow: Sequence[str], asked: list[str]
         loader = Loader(
             datasets, [spec.share for spec in manifest.data], manifest.seed, manifest.batch_rows, mesh, manifest.order
         )
-        train_step = make_train_step(config, optimizer, manifest.loss.shares, mesh)
+        train_step = make_train_step(config, optimizer, manifest.loss, mesh, manifest.accumulate)
         log = MetricsLog(manifest, run, datasets[0].info.row_length)
         with log, Progress(f"train {manifest.name}", manifest.steps - done, "steps") as progress:
             for step, batch in enumerate(loader.batches(done, manifest.steps), start=done + 1):
@@ -119,8 +119,9 @@ def _shared_tokenizer(manifest: TrainManifest, datasets: Sequence[Dataset]) -> A
 
 def _check_fits(manifest: TrainManifest, datasets: Sequence[Dataset], mesh: Mesh) -> None:
     rows_over = mesh.shape["dp"] * mesh.shape["fsdp"]
-    if manifest.batch_rows % rows_over:
-        raise ValueError(f"batch_rows: got {manifest.batch_rows}; wanted a multiple of dp x fsdp = {rows_over}")
+    if manifest.batch_rows % (rows_over * manifest.accumulate):
+        parts = f" x accumulate {manifest.accumulate}" if manifest.accumulate > 1 else ""
+        raise ValueError(f"batch_rows: got {manifest.batch_rows}; wanted a multiple of dp x fsdp = {rows_over}{parts}")
     length, chunks = datasets[0].info.row_length, mesh.shape["sp"] * (2 if manifest.order == "zigzag" else 1)
     if length % chunks:
         raise ValueError(f"mesh: sp: got {mesh.shape['sp']}; rows of {length:,} tokens are cut into {chunks} chunks")
@@ -134,7 +135,9 @@ def _initial_params(init: InitFromRun, config: ModelConfig, content: dict[str, A
             f"init: {init.run}: its model was trained with tokenizer {before['tokenizer_fingerprint'][:12]}, the data "
             f"are built with {content['tokenizer_fingerprint'][:12]}; build them with the model's tokenizer"
         )
-    sizes = {key: value for key, value in asdict(config).items() if key not in ("rope_theta", "dtype", "remat")}
+    sizes = {
+        key: value for key, value in asdict(config).items() if key not in ("rope_theta", "dtype", "remat", "mlp_chunk")
+    }
     changes = [
         f"{key}: was {before['model'].get(key)}, is {value}"
         for key, value in sizes.items()

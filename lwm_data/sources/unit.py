@@ -18,17 +18,17 @@ from dataclasses import dataclass
 from lwm_data.code_store import CodeFile
 from lwm_data.folder import Folder
 from lwm_data.format.vocab import TextTokenizer
-from lwm_data.manifest_sources import AnySource, Books, Chats, Images, LwmJsonl, Needles, Text, Tokens, Videos
-from lwm_data.sources import books, chats, lwm_jsonl, media, needles, text, tokens
+from lwm_data.manifest_sources import AnySource, Books, Chats, Images, LwmJsonl, Needles, Qa, Text, Tokens, Videos
+from lwm_data.sources import books, chats, lwm_jsonl, media, needles, qa, text, tokens
 from lwm_data.sources.files import InputFile, check_unchanged
 from lwm_data.sources.record import Record, Rejection
 
 
 @dataclass(frozen=True)
 class Unit:
-    """files: one, some small texts, a haystack, or media with what lies beside them.
+    """files: one, some small texts, a haystack, pairs and their books, or media with what lies beside them.
 
-    start, stop: of the block of made-up examples.
+    start, stop: of the block of made-up examples; of pairs, the number of their files, which books follow.
     codes: of pictures and videos, the name of their file of codes in the store.
     """
 
@@ -59,6 +59,8 @@ def group_input(source: AnySource, files: list[InputFile]) -> list[tuple[InputFi
         return media.group_files(source, files)
     if isinstance(source, Text):
         return text.group_texts(source, files)
+    if isinstance(source, Qa):
+        return qa.group_books(source, files)
     return [tuple(files)] if isinstance(source, Needles) else [(file,) for file in files]
 
 
@@ -79,6 +81,14 @@ def plan_units(
             for start in range(0, source.count, needles.BLOCK):
                 stop = min(start + needles.BLOCK, source.count)
                 units.append(Unit(source, files, seed, _fingerprint([*made_of, start, stop]), start, stop))
+        elif isinstance(source, Qa):
+            num_pairs = len(groups[-1])
+            of_pairs = qa.pairs_digest(files[:num_pairs], files[num_pairs:])
+            options = source.model_dump(include=qa.OPTIONS)
+            made_of = ["qa", qa.VERSION, seed, options, ids, of_pairs, read[num_pairs:]]
+            if len(files) == num_pairs:  # what is about none of the books
+                made_of.append(sorted(file.key for group in groups for file in group))
+            units.append(Unit(source, files, seed, _fingerprint(made_of), 0, num_pairs))
         elif isinstance(source, Images | Videos):
             # The table beside a tar of pictures says which to take, not what is in them or how they are called.
             num_coded = 1 if isinstance(source, Images) and files[0].path.endswith(".tar") else len(files)
@@ -113,6 +123,9 @@ def read_unit(unit: Unit, tokenizer: TextTokenizer, store: Folder) -> Iterator[R
     source = unit.source
     if isinstance(source, Needles):
         yield from needles.read_needles(source, unit.seed, unit.files, unit.start, unit.stop, tokenizer)
+        return
+    if isinstance(source, Qa):
+        yield from qa.read_qa(source, unit.seed, unit.files[: unit.stop], unit.files[unit.stop :], tokenizer)
         return
     if isinstance(source, Images | Videos):
         for item in CodeFile(store.fetch(unit.codes)):

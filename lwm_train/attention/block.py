@@ -18,6 +18,9 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+ATTENTION_RESULT = "attention_result"
+"""What `jax.checkpoint` policies call the two results that a custom VJP keeps: out and lse."""
+
 DEAD_LSE = -1.0e20
 """The log-sum-exp of no scores at all: finite, so that differences of two such values are 0 and not NaN."""
 

@@ -16,8 +16,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from lwm_train.attention.block import BlockKernel, TokenIds, accumulation_dtype
+from lwm_train.attention.block import ATTENTION_RESULT, BlockKernel, TokenIds, accumulation_dtype
 from lwm_train.attention.local import attend_local
 
 _TOKENS = 2  # the dim of the tokens in k_BKSD
@@ -35,7 +36,7 @@ def _allgather_forward(
     kernel: BlockKernel, axis: str, q: jax.Array, k: jax.Array, v: jax.Array, ids: TokenIds
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     out, lse = kernel.forward(q, _gather(k, axis, _TOKENS), _gather(v, axis, _TOKENS), ids, _gather_ids(ids, axis))
-    out = out.astype(q.dtype)
+    out, lse = checkpoint_name((out.astype(q.dtype), lse), ATTENTION_RESULT)
     return out, (q, k, v, *ids, out, lse)
 
 

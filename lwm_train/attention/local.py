@@ -10,8 +10,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from lwm_train.attention.block import BlockKernel, TokenIds, accumulation_dtype
+from lwm_train.attention.block import ATTENTION_RESULT, BlockKernel, TokenIds, accumulation_dtype
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -31,7 +32,7 @@ def _forward(
     kernel: BlockKernel, q: jax.Array, k: jax.Array, v: jax.Array, q_ids: TokenIds, k_ids: TokenIds
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     out, lse = kernel.forward(q, k, v, q_ids, k_ids)
-    out = out.astype(q.dtype)
+    out, lse = checkpoint_name((out.astype(q.dtype), lse), ATTENTION_RESULT)
     return out, (q, k, v, *q_ids, *k_ids, out, lse)
 
 

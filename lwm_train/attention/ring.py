@@ -22,8 +22,9 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
-from lwm_train.attention.block import DEAD_LSE, BlockKernel, TokenIds, accumulation_dtype, merge
+from lwm_train.attention.block import ATTENTION_RESULT, DEAD_LSE, BlockKernel, TokenIds, accumulation_dtype, merge
 from lwm_train.attention.mask import TileRanges, live_tiles, tile_ranges
 from lwm_train.attention.xla import pad_ids, tile_size
 
@@ -91,7 +92,7 @@ def _forward(
     start = (_own_block(k, v, ids), jnp.zeros(q.shape, dtype), jnp.full(q.shape[:-1], DEAD_LSE, dtype))
     state = lax.fori_loop(jnp.int32(0), last_hop, one_hop, start)
     out, lse = compute(last_hop, state)
-    out = out.astype(q.dtype)
+    out, lse = checkpoint_name((out.astype(q.dtype), lse), ATTENTION_RESULT)
     return out, (q, k, v, *ids, out, lse, needed, last_hop)
 
 

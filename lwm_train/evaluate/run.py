@@ -26,13 +26,14 @@ from lwm_data.format.dataset import open_dataset
 from lwm_data.format.prompt import chat_prompt
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
 from lwm_data.terminal import Progress
-from lwm_train.checkpoint import latest_step, read_run_file, restore_params, run_model_config
+from lwm_train.checkpoint import latest_step, restore_params
 from lwm_train.config import EvalManifest, MeshSpec, TrainManifest
 from lwm_train.evaluate.heldout import heldout_loss
 from lwm_train.evaluate.needle import CHANCE, evaluate_needle, read_haystack
 from lwm_train.evaluate.ngram import NgramBaseline
 from lwm_train.generate import generate
 from lwm_train.mesh import make_mesh, request_devices
+from lwm_train.run_file import read_run_file, run_model_config
 
 EVAL_FILE = "eval.json"
 HELDOUT_TOKENS = 16_384  # in one batch

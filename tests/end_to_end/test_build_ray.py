@@ -58,7 +58,7 @@ def _when(is_time: Callable[[], bool], act: Callable[[], object]) -> threading.T
     """Does `act` once, in a thread, as soon as it is time."""
 
     def wait() -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not is_time() and time.monotonic() < end:
             time.sleep(0.01)
         act()

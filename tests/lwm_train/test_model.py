@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lwm_train.batch import make_batch, put_on_mesh
-from lwm_train.config import MeshSpec, ModelConfig, OptimizerSpec
+from lwm_train.config import LossSpec, MeshSpec, ModelConfig, OptimizerSpec
 from lwm_train.mesh import make_mesh
 from lwm_train.model import Params, forward, init_params, num_params
 from lwm_train.optimizer import make_optimizer
@@ -100,7 +100,7 @@ def test_a_step_is_the_same_on_every_mesh(spec: OptimizerSpec) -> None:
     def two_steps(mesh_spec: MeshSpec) -> tuple[list[float], Params]:
         mesh = make_mesh(mesh_spec)
         state = init_state(config, optimizer, mesh, seed=0)
-        step = make_train_step(config, optimizer, None, mesh)
+        step = make_train_step(config, optimizer, LossSpec(), mesh)
         losses = []
         for _ in range(2):
             state, report = step(state, put_on_mesh(make_batch(rows), mesh))

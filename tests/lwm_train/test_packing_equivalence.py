@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from lwm_train.attention.order import token_order
 from lwm_train.batch import Batch, make_batch, put_on_mesh
 from lwm_train.config import MeshSpec, ModelConfig, Shares
-from lwm_train.loader import ring_orders
 from lwm_train.loss import loss_and_sums
 from lwm_train.mesh import make_mesh
 from lwm_train.model import Params, forward, init_params
@@ -72,7 +72,8 @@ def test_packed_rows_on_a_ring_have_the_loss_and_gradients_of_the_same_examples_
     for seed in range(3):
         examples = random_examples(np.random.default_rng(100 + seed), EXAMPLES, 24, 60)
         rows = packed_rows(examples, ROW, ROWS, "example")
-        packed = step(params, put_on_mesh(make_batch(rows, ring_orders(rows, order, mesh)), mesh))
+        orders = [token_order(order, row["segment_ids"], 4) for row in rows]
+        packed = step(params, put_on_mesh(make_batch(rows, orders), mesh))
         padded = reference(params, make_batch(one_per_row(examples, ROW, "example")))
         assert relative_error(packed, padded) < 1e-9
 

@@ -21,6 +21,7 @@ from lwm_data.format.dataset import Dataset
 from lwm_data.format.example import text_runs, vision_runs
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.sources.record import Record
+from lwm_data.vision.page_pictures import FRAMES, HEIGHT, Pictures
 from lwm_train.batch import Batch
 from lwm_train.config import Shares
 from lwm_train.evaluate.heldout import HeldoutLoss
@@ -29,7 +30,6 @@ from lwm_train.loss import loss_and_sums
 from lwm_train.metrics import vision_share
 from lwm_train.report import HeldoutPoint, ReportContent, Sample, StageFacts, write_report
 from lwm_train.report_lines import loss_chart, mean_share, rate_chart, read_metrics, share_chart
-from lwm_train.report_pictures import FRAMES, HEIGHT, Pictures
 from lwm_train.report_rows import DrawnRow, Piece, draw_rows
 from tests.tiny_vision import TINY, with_tokenizer, write_tiny_tokenizer
 

@@ -1,7 +1,7 @@
-"""Vision blocks of a report's rows as pictures within the page: few, small, decoded only where they are drawn.
+"""Vision blocks of a page's rows as pictures within it: few, small, decoded only where they are drawn.
 
 tokens of a block -> some frames of it -> strip -> JPEG in a data: address
-                     FRAMES               HEIGHT   MAX_PICTURES of them in a report: a megabyte or two
+                     FRAMES               HEIGHT   MAX_PICTURES of them in a page: a megabyte or two
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAX_PICTURES = 40
 
 
 class Pictures:
-    """The pictures of one report, `most` or fewer. problems: why there are none of a dataset, for the page."""
+    """The pictures of one page, `most` or fewer. problems: why there are none of a dataset, for the page."""
 
     def __init__(self, most: int = MAX_PICTURES) -> None:
         self.problems: dict[str, str] = {}
