@@ -142,7 +142,7 @@ def _write(form: RowFormat, shard: ShardRows, folder: Path) -> ShardRecord:
 
 def _piece(form: RowFormat, stores: StoreCache, unit: int, record: int, part: int, start: int, stop: int) -> Piece:
     ref = form.stores[unit]
-    whole = stores[ref.name].record(record)
+    whole = stores.record(ref.name, record)
     if form.packing == "naive":  # rows cut where they end; nothing is fitted
         example = Example(ref.source, whole.key, part, whole.runs)
     else:

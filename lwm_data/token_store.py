@@ -8,13 +8,15 @@
     c.txt   [1 5 2]         [1 1 1]      [0 0 0]     [0 1 1]      "no mark"    "no END"    a record with a note
 
 Files are written in batches of bounded size and read through a memory map, so that lengths cost no tokens and a
-record costs its own bytes.
+record costs its own bytes. Pages of the map that were read are given back now and then: the system would take them
+when it needs room, but until then they look like a build that grows with its input.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import mmap
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -33,6 +35,8 @@ from lwm_data.whole_file import whole_file
 BATCH_TOKENS = 1 << 22  # a batch is written once it has this many
 BATCH_RECORDS = 1 << 14
 OPEN_FILES = 128  # memory maps kept at a time
+MAPPED_BYTES = 1 << 25  # about what of them is in memory at a time
+TOUCHED_BYTES = 1 << 16  # in memory for one record at least: the system maps 16 pages around the one that is read
 
 SCHEMA = pa.schema(
     [
@@ -97,8 +101,9 @@ class StoreFile:
     """One file of the store, mapped. ValueError where it cannot be read."""
 
     def __init__(self, path: Path) -> None:
-        with _damage(path):
-            self._open(pa.ipc.open_file(pa.memory_map(str(path))))
+        with _damage(path), open(path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._open(pa.ipc.open_file(pa.py_buffer(self._map)))
 
     @classmethod
     def without_tokens(cls, folder: Folder, name: str) -> StoreFile:
@@ -173,6 +178,10 @@ class StoreFile:
             ),
         )
 
+    def give_back(self) -> None:
+        """Let the system have the pages that were read; they are read again when they are needed."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
     def _find(self, record: int) -> tuple[pa.RecordBatch, int]:
         batch = bisect.bisect_right(self._first, record) - 1
         return self._batches[batch], record - self._first[batch]
@@ -184,8 +193,19 @@ class StoreCache:
     def __init__(self, store: Folder) -> None:
         self._store = store
         self._open: OrderedDict[str, StoreFile] = OrderedDict()
+        self._touched = 0
 
-    def __getitem__(self, name: str) -> StoreFile:
+    def record(self, name: str, record: int) -> Record:
+        """Record number `record` of the file `name`; its tokens are views of the map."""
+        found = self._file(name).record(record)
+        self._touched += TOUCHED_BYTES + 4 * sum(len(run.tokens) for run in found.runs)
+        if self._touched > MAPPED_BYTES:
+            for file in self._open.values():
+                file.give_back()
+            self._touched = 0
+        return found
+
+    def _file(self, name: str) -> StoreFile:
         if name in self._open:
             self._open.move_to_end(name)
         else:
@@ -199,7 +219,7 @@ class StoreCache:
 def _damage(path: Path | str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowInvalid, OSError, ValueError) as error:  # ValueError: nothing to map
         raise ValueError(f"{path}: damaged token store file ({error}); delete it and build again") from error
 
 
