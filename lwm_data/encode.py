@@ -9,9 +9,10 @@ What is already coded in a file of the same codes (other filters, the same pixel
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from lwm_data.vision.decode_pool import DecodePool, Failure, ImageRequest, Video
 from lwm_data.vision.vqgan import VisionTokenizer, load_vision_tokenizer
 
 FRAMES = 64  # encoded at a time
+STRETCH = 4096  # items that are read before the last of them is given out; most may be filtered rows
 PICTURE_SECONDS = 60.0  # of a processor, that decoding may take
 VIDEO_SECONDS = 3600.0
 
@@ -65,7 +67,7 @@ def encode_unit(shared: Encoding, unit: Unit) -> int:
 
     def coded() -> Iterator[Coded | Rejection]:
         with DecodePool(decoders, seconds_per_item=seconds) as pool:
-            yield from _encode(source, items, pool, tokenizer, known)
+            yield from encode_items(source, items, pool, tokenizer, known)
         for file in unit.files:
             check_unchanged(file)
 
@@ -99,18 +101,32 @@ class _Pending:
         return Coded(self.key, self.caption, codes)
 
 
-def _encode(
+def encode_items(
     source: Images | Videos,
     items: Iterable[MediaItem | Rejection],
     pool: DecodePool,
     tokenizer: VisionTokenizer,
     known: list[CodeFile],
 ) -> Iterator[Coded | Rejection]:
-    """The items' results in their order."""
+    """The items' results in their order, of which at most STRETCH are read and not yet given out."""
     places = {key: (file, place) for file in known for key, place in file.places().items()}
+    seen = SeenKeys()
+    rest = iter(items)
+    for item in rest:
+        stretch = chain((item,), islice(rest, STRETCH - 1))
+        yield from _encode_stretch(source, stretch, pool, tokenizer, places, seen)
+
+
+def _encode_stretch(
+    source: Images | Videos,
+    items: Iterable[MediaItem | Rejection],
+    pool: DecodePool,
+    tokenizer: VisionTokenizer,
+    places: Mapping[str, tuple[CodeFile, tuple[int, int]]],
+    seen: SeenKeys,
+) -> Iterator[Coded | Rejection]:
     pending: deque[_Pending] = deque()  # all that are read and not given out
     asked: dict[int, _Pending] = {}  # by the request's number
-    seen = SeenKeys()
     batch: list[tuple[_Pending, np.ndarray, bool]] = []  # frames to encode, and whether they are the item's last
 
     def requests() -> Iterator[ImageRequest | VideoRequest]:

@@ -36,7 +36,7 @@ BATCH_TOKENS = 1 << 22  # a batch is written once it has this many
 BATCH_RECORDS = 1 << 14
 OPEN_FILES = 128  # memory maps kept at a time
 MAPPED_BYTES = 1 << 25  # about what of them is in memory at a time
-TOUCHED_BYTES = 1 << 16  # in memory for one record at least: the system maps 16 pages around the one that is read
+TOUCHED_BYTES = 1 << 19  # in memory for one record at most: its columns lie apart, 16 pages are mapped around each
 
 SCHEMA = pa.schema(
     [

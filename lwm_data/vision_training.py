@@ -19,6 +19,7 @@ from jaxtyping import UInt8
 from lwm_data.sources.files import InputFile, find_files, open_unpacked
 from lwm_data.sources.images import PICTURE
 from lwm_data.sources.media_units import suffix
+from lwm_data.sources.samples import Kind
 from lwm_data.sources.tar_members import DamagedTar, read_members
 from lwm_data.sources.videos import VIDEO
 from lwm_data.vision.decode_pool import DecodePool, Failure, ImageRequest, VideoRequest
@@ -82,13 +83,22 @@ def _requests(
         if kind == "tar":
             yield from _members(file, fps, max_frames, rejected)
         elif kind in PICTURE.suffixes:
-            with open_unpacked(file.path) as raw:
-                yield ImageRequest(raw.read(PICTURE.max_bytes))
+            if (data := _read(file, PICTURE, rejected)) is not None:
+                yield ImageRequest(data)
         elif kind in VIDEO.suffixes and "://" not in file.path:
             yield VideoRequest(file.path, fps, max_frames)
-        elif kind in VIDEO.suffixes:
-            with open_unpacked(file.path) as raw:
-                yield VideoRequest(raw.read(VIDEO.max_bytes), fps, max_frames)
+        elif kind in VIDEO.suffixes and (data := _read(file, VIDEO, rejected)) is not None:
+            yield VideoRequest(data, fps, max_frames)
+
+
+def _read(file: InputFile, kind: Kind, rejected: Counter[str]) -> bytes | None:
+    """The whole file; None where it is larger than its kind may be."""
+    with open_unpacked(file.path) as raw:
+        data = raw.read(kind.max_bytes + 1)
+    if len(data) <= kind.max_bytes:
+        return data
+    rejected["too large"] += 1
+    return None
 
 
 def _members(

@@ -9,10 +9,13 @@ RUN/damaged/STEP/        a checkpoint that could not be read, or whose sums diff
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,12 +38,14 @@ class Checkpoints:
     """The checkpoints of one run folder. Saving returns at once; the block waits for what is under way.
 
     A save that fails (a full disk) is told on stderr and the run goes on: what was saved before is untouched.
-    RunFailed at the end of the block where the last one failed.
+    RunFailed at the end of the block where the last one failed. read_only: nothing in the folder is changed.
     """
 
-    def __init__(self, run: Path, spec: CheckpointSpec) -> None:
-        self._run, self._folder = run, run / "checkpoints"
-        self._options = {"max_to_keep": spec.keep, "keep_period": spec.keep_every, "cleanup_tmp_directories": True}
+    def __init__(self, run: Path, spec: CheckpointSpec, read_only: bool = False) -> None:
+        self._run, self._folder, self._read_only = run, run / "checkpoints", read_only
+        self._options: dict[str, Any] = {"read_only": True}
+        if not read_only:
+            self._options = {"max_to_keep": spec.keep, "keep_period": spec.keep_every, "cleanup_tmp_directories": True}
         self._manager = _manager(run, **self._options)
         self._under_way: int | None = None
         self._failed: int | None = None
@@ -100,11 +105,11 @@ class Checkpoints:
             flush=True,
         )
 
-    def restore_newest(self, like: TrainState, most: int | None = None, keep_damaged: bool = False) -> TrainState | None:
+    def restore_newest(self, like: TrainState, most: int | None = None) -> TrainState | None:
         """The state of the newest checkpoint that is whole, laid out as `like` (jax.ShapeDtypeStruct with shardings).
 
-        None where there is no checkpoint. Newer ones that are damaged are told on stderr and, unless `keep_damaged`,
-        moved to RUN/damaged. `most`: of so many steps or fewer.
+        None where there is no checkpoint. Newer ones that are damaged are told on stderr and moved to RUN/damaged.
+        `most`: of so many steps or fewer.
         ValueError where none can be read, or the manifest asks for other arrays than the newest holds.
         """
         steps = self.steps_at(sys.maxsize if most is None else most)
@@ -112,7 +117,7 @@ class Checkpoints:
         for step in steps:
             state = self._restore(step, like, damaged)
             if state is not None:
-                if damaged and not keep_damaged:
+                if damaged and not self._read_only:
                     self._set_aside(damaged, step)
                 return state
         if damaged:
@@ -126,16 +131,17 @@ class Checkpoints:
     def _restore(self, step: int, like: TrainState, damaged: dict[int, str]) -> TrainState | None:
         state: TrainState | None = None
         why = ""
-        try:
-            self._check_shapes(step, like)
-            state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
-            saved = (self._manager.metadata(step).custom_metadata or {}).get("sums")
-            if saved is not None and (bad := _differing(saved, state_sums(state))):
-                state, why = None, f"{bad[0]}{' and others' * (len(bad) > 1)}: not the numbers that were saved"
-        except _OtherShape:
-            raise
-        except Exception as error:  # Orbax and TensorStore tell of damaged files by every kind of it
-            why = _first_line(error)
+        with _quiet_reads():
+            try:
+                self._check_shapes(step, like)
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
+                saved = (self._manager.metadata(step).custom_metadata or {}).get("sums")
+                if saved is not None and (bad := _differing(saved, state_sums(state))):
+                    state, why = None, f"{bad[0]}{' and others' * (len(bad) > 1)}: not the numbers that were saved"
+            except _OtherShape:
+                raise
+            except Exception as error:  # Orbax and TensorStore tell of damaged files by every kind of it
+                why = _first_line(error)
         if all_of(state is not None):
             return state
         damaged[step] = why or "another process could not read it"
@@ -195,15 +201,16 @@ def restore_params(run: str | Path, mesh: Mesh) -> tuple[Params, int]:
             partial_restore=True,
         )
         for step in reversed(steps):
-            try:
-                params: Params = manager.restore(step, args=args)["params"]
-                saved = (manager.metadata(step).custom_metadata or {}).get("sums")
-                bad = _differing(saved, state_sums(params, ".params")) if saved is not None else []
-                if not bad:
-                    return params, step
-                why = f"{bad[0]}: not the numbers that were saved"
-            except Exception as error:
-                why = _first_line(error)
+            with _quiet_reads():
+                try:
+                    params: Params = manager.restore(step, args=args)["params"]
+                    saved = (manager.metadata(step).custom_metadata or {}).get("sums")
+                    bad = _differing(saved, state_sums(params, ".params")) if saved is not None else []
+                    if not bad:
+                        return params, step
+                    why = f"{bad[0]}: not the numbers that were saved"
+                except Exception as error:
+                    why = _first_line(error)
             print(f"warning: {run}/checkpoints/{step}: a damaged checkpoint ({why})", file=sys.stderr, flush=True)
     raise ValueError(f"{run}: no checkpoint of it can be read; run its manifest again")
 
@@ -219,6 +226,17 @@ def _steps(run: str | Path) -> list[int]:
 def _differing(saved: dict[str, int], found: dict[str, int]) -> list[str]:
     """Paths of the arrays whose sums differ; those that were not read are left out."""
     return [path for path, value in found.items() if path in saved and saved[path] != value]
+
+
+@contextmanager
+def _quiet_reads() -> Iterator[None]:
+    """When one read of many fails, Orbax forgets the others, and Python would tell of each on stderr."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        yield
+    finally:
+        gc.collect()
+        sys.unraisablehook = before
 
 
 def _first_line(error: BaseException) -> str:

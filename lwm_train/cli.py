@@ -34,6 +34,17 @@ def run(
     allow: Annotated[
         list[str] | None, typer.Option("--allow", metavar="KEY", help="Resume although this key changed.")
     ] = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST", help="Steps whose trace goes to RUN/profile, e.g. 10:13.")
+    ] = None,
+    coordinator: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Of several processes, where the first one listens.")
+    ] = None,
+    num_processes: Annotated[int | None, typer.Option(min=1, help="How many processes the run has.")] = None,
+    process_id: Annotated[int | None, typer.Option(min=0, help="Which of them this is, from 0.")] = None,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="Several processes, found by JAX: Slurm, JobSet, GKE, Cloud TPU.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Train a manifest's stages, or go on where they were.
@@ -46,7 +57,12 @@ def run(
     from lwm_train.config import read_train_manifests
     from lwm_train.train import train_stages
 
-    results = train_stages(read_train_manifests(manifest, overrides or ()), allow or ())
+    stages = read_train_manifests(manifest, overrides or ())
+    if distributed or coordinator or num_processes or process_id is not None:
+        from lwm_train.processes import join_processes
+
+        join_processes(coordinator, num_processes, process_id, [stage.mesh for stage in stages])
+    results = train_stages(stages, allow or (), _steps(profile))
     for result in results:
         state = f"stopped by {result.stopped}, saved" if result.stopped else "done" if result.seconds else "done before"
         if as_json:
@@ -55,6 +71,35 @@ def run(
             print(f"{min(os.path.relpath(result.run), str(result.run), key=len)}: {state} at step {result.step}")
     if results[-1].stopped == "SIGINT":
         raise KeyboardInterrupt
+
+
+def _steps(text: str | None) -> range | None:
+    """Steps FIRST to LAST, both of them."""
+    if text is None:
+        return None
+    first, _, last = text.partition(":")
+    if not first.isdigit() or not last.isdigit() or not 1 <= int(first) <= int(last):
+        raise ValueError(f"--profile: got {text}; wanted FIRST:LAST, steps from 1, e.g. 10:13")
+    return range(int(first), int(last) + 1)
+
+
+@app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    step: Annotated[int, typer.Option(min=1, help="The step to run again.")],
+    as_json: Json = False,
+) -> None:
+    """Run one step again from the checkpoint before it, on the same rows, and compare its loss with the logged one.
+
+    Example: `lwm-train replay runs/demo/train-long --step 120`
+
+    On the same mesh both are equal bit for bit; if not, the hardware or the software differs. The rows of the step
+    are shown, with their sources. The run's folder is not changed.
+    """
+    from lwm_train.replay import replay_step, summary
+
+    result = replay_step(run, step)
+    print(json.dumps(result) if as_json else summary(result))
 
 
 @app.command("eval")
@@ -135,6 +180,25 @@ def serve(
     ended_by = serve_until_signal(lambda: load_model(run, name, context, max_tokens), host, port, max_batch, ready)
     if ended_by == signal.SIGINT:
         raise KeyboardInterrupt
+
+
+@app.command()
+def chat(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    system: Annotated[str | None, typer.Option(help="What stands before the chat.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed, other answers.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one answer at most.")] = 256,
+    context: Context = None,
+) -> None:
+    """Chat with a run's newest checkpoint; Ctrl-D ends it.
+
+    Example: `lwm-train chat runs/demo/train-long`
+    """
+    from lwm_train.chat import chat as chat_until_the_end
+    from lwm_train.serve import load_model
+
+    chat_until_the_end(load_model(run, None, context, max_tokens), temperature, seed, system)
 
 
 @app.command()

@@ -42,9 +42,7 @@ def join_processes(
         devices = max(1, wanted // num_processes)
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
     try:
-        jax.distributed.initialize(
-            coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
-        )
+        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         raise ValueError(
             f"no cluster that JAX knows ({error}); say --coordinator HOST:PORT --num-processes N --process-id I"

@@ -47,15 +47,14 @@ class Part:
 
 def part_of_process(mesh: Mesh, batch_rows: int, length: int) -> Part:
     """What the devices of this process hold of a batch [batch_rows, length]."""
-    indices = sharding(mesh, "batch", "length").addressable_devices_indices_map((batch_rows, length)).values()
+    of_devices = sharding(mesh, "batch", "length").addressable_devices_indices_map((batch_rows, length))
+    indices = [index for index in of_devices.values() if index is not None]
     rows = {place for index in indices for place in range(*index[0].indices(batch_rows))}
     slices = {index[1].indices(length) for index in indices}
     return Part(np.array(sorted(rows)), np.concatenate([np.arange(*of) for of in sorted(slices)]))
 
 
-def read_part(
-    datasets: Sequence[Dataset], addresses: Sequence[RowAddress], part: Part, order: str, ring: int
-) -> Batch:
+def read_part(datasets: Sequence[Dataset], addresses: Sequence[RowAddress], part: Part, order: str, ring: int) -> Batch:
     """Numpy arrays [rows of the part, tokens of the part] of the rows at `addresses`, those of the whole batch."""
     length = datasets[0].info.row_length
     is_known = ring == 1 or order not in ("auto", "dealt")
@@ -78,7 +77,8 @@ def put_part(batch: Batch, part: Part, mesh: Mesh, batch_rows: int, length: int)
     """The parts of all processes as global arrays: rows over dp and fsdp, tokens over sp."""
     where = sharding(mesh, "batch", "length")
 
-    def piece(array: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:
+    def piece(array: np.ndarray, index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         row, _, _ = index[0].indices(batch_rows)
         token, last, _ = index[1].indices(length)
         first = np.searchsorted(part.rows, row), np.searchsorted(part.tokens, token)

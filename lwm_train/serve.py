@@ -5,6 +5,7 @@ bind the port -> load the checkpoint -> "ready" -> ... -> SIGINT or SIGTERM -> r
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -25,8 +26,8 @@ from lwm_train.evaluate.run import run_tokenizer
 from lwm_train.http_server import Server
 from lwm_train.mesh import make_mesh
 from lwm_train.metrics import METRICS
-from lwm_train.run_file import read_run_file, run_model_config
 from lwm_train.model import Params
+from lwm_train.run_file import read_run_file, run_model_config
 
 MAX_WAITING = 256
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -71,7 +72,13 @@ def serve(
             f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}; name another port (0 takes a "
             "free one) or an address of this machine"
         ) from error
-    loaded = load()
+    with server:  # closed whatever happens
+        return _serve(server, load(), max_batch, ready)
+
+
+def _serve(
+    server: Server, loaded: LoadedModel, max_batch: int, ready: Callable[[str, ServedModel], None]
+) -> signal.Signals:
     batcher = Batcher(loaded.params, loaded.config, loaded.served.tokenizer.eos, max_batch, MAX_WAITING)
     came: list[signal.Signals] = []
     event = threading.Event()
@@ -101,10 +108,13 @@ def _row_length(run: Path, batch_rows: int) -> int:
     """Tokens of a row that the run was trained on, as its log of steps says."""
     try:
         lines = (run / METRICS).read_text(encoding="utf-8").splitlines()
-        first = json.loads(lines[0]) if len(lines) == 1 else json.loads(lines[-2])  # the last may be cut
-        return int(first["tokens"] // first["step"] // batch_rows)
-    except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(
-            f"{run / METRICS}: tokens of a row cannot be read there ({type(error).__name__}); name the longest row "
-            "that the model was trained on with --context"
-        ) from error
+    except (OSError, UnicodeDecodeError):
+        lines = []
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, LookupError, TypeError, ZeroDivisionError):  # the last may be cut
+            step = json.loads(line)
+            return int(step["tokens"] // step["step"] // batch_rows)
+    raise ValueError(
+        f"{run / METRICS}: not there, or no line of it has the tokens of a step; name the longest row that the model "
+        "was trained on with --context"
+    )

@@ -1,6 +1,6 @@
 """Ends a process whose steps have stopped: a supervisor can start it again, but not see that it hangs.
 
-    beat  beat  beat  ........ seconds without one ........  stacks of all threads to RUN/stacks-*.txt and stderr, exit 1
+    beat  beat  beat  ..... seconds without one .....  stacks of all threads to RUN/stacks-*.txt and stderr, exit 1
 
 The first beat may take FIRST times as long, as the step before it is compiled. A thread of Python cannot bark while
 foreign code holds the interpreter; then `faulthandler`, which needs no interpreter, ends the process a little later.

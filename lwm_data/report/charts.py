@@ -44,7 +44,8 @@ def log_bin(values: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
     """The bin of each value; what is below 1 is in the first."""
     # Half octaves are exact at powers of two, which log2 gives exactly.
     bins = np.floor(2 * np.log2(np.maximum(values, 1))).astype(np.int64)
-    return np.minimum(bins, LOG_BINS - 1)
+    found: np.ndarray = np.minimum(bins, LOG_BINS - 1)
+    return found
 
 
 def log_histograms(

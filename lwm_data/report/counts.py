@@ -62,18 +62,24 @@ def count(dataset: Dataset, most: int = SHARDS, advance: Callable[[int], None] =
         chosen = np.arange(most) * (len(all_shards) - 1) // max(most - 1, 1)
     else:
         chosen = np.arange(len(all_shards))
-    zeros = [np.zeros(num, np.int64) for _ in range(5)]
+
+    def zeros(*shape: int) -> np.ndarray:
+        return np.zeros(shape, np.int64)
+
     counts = Counts(
-        chosen,
-        *zeros[:4],
-        lengths=np.zeros((num, LOG_BINS), np.int64),
-        rows=zeros[4],
+        shards=chosen,
+        examples=zeros(num),
+        tokens=zeros(num),
+        loss=zeros(num),
+        longest=zeros(num),
+        lengths=zeros(num, LOG_BINS),
+        rows=zeros(num),
         row_fills=np.zeros(num),
-        fills=np.zeros(FILL_BINS, np.int64),
+        fills=zeros(FILL_BINS),
         num_full=0,
         emptiest=1.0,
-        mix=np.zeros((len(chosen), num), np.int64),
-        depths=np.zeros((num, FILL_BINS), np.int64),
+        mix=zeros(len(chosen), num),
+        depths=zeros(num, FILL_BINS),
     )
     number_of = {name: number for number, name in enumerate(names)}
     for at, number in enumerate(chosen.tolist()):

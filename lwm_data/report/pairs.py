@@ -31,9 +31,10 @@ from lwm_data.summary import visible
 from lwm_data.work_folder import REJECTED
 
 PER_REASON = 5
-LISTED = 200  # rejected ones in all
+LISTED = 60  # rejected ones in all
 BOOKS = 10_000  # counted by name
-CHUNK_TEXT, CONTEXT = 12_000, 300  # characters
+TEXT, CHUNK_TEXT, CONTEXT = 1_000, 8_000, 300  # characters
+EVIDENCE = 1_000_000  # characters of a page
 MEASURES = ("characters of a question", "characters of an answer", "tokens of a chunk")
 
 
@@ -90,8 +91,9 @@ def read_pairs(files: PairFiles, most: int, seed: int) -> tuple[PairCounts, list
         sizes = np.array([len(pair["question"]), len(pair["answer"]), tokens])
         lengths[np.arange(len(MEASURES)), log_bin(sizes)] += sizes > 0
         for counter, name in ((books, "book"), (models, "model")):
-            if len(counter) < BOOKS or str(pair.get(name)) in counter:
-                counter[str(pair.get(name))] += 1
+            told = str(pair.get(name, ""))
+            if len(counter) < BOOKS or told in counter:
+                counter[told] += 1
         if len(drawn) < most:
             drawn.append((num_pairs, pair))
         elif (place := int(random.integers(num_pairs + 1))) < most:  # each pair has the same chance
@@ -134,6 +136,8 @@ def _rejected(path: Path) -> tuple[list[dict[str, Any]], Counter[str]]:
         for line in read_json_lines(InputFile(str(path), path.name)):
             value = line.value if isinstance(line, JsonLine) and isinstance(line.value, dict) else {}
             reason = shown(value.get("reason") or f"not a line of {REJECTED}")
+            if len(reasons) >= BOOKS and reason not in reasons:
+                reason = "other reasons"
             reasons[reason] += 1
             if reasons[reason] <= PER_REASON and len(found) < LISTED:
                 found.append(value | {"reason": reason})
@@ -142,10 +146,19 @@ def _rejected(path: Path) -> tuple[list[dict[str, Any]], Counter[str]]:
 
 def _shown(pair: dict[str, Any]) -> ShownPair:
     chars = f", characters {pair['chars'][0]:,} to {pair['chars'][1]:,}" if _is_span(pair.get("chars")) else ""
-    place = f"chunk {shown(pair['chunk'])}{chars}" if "chunk" in pair else ""
-    texts = {name: visible(str(pair.get(name) or "")[:2_000], kept="\n\t") for name in ("question", "answer", "raw")}
-    told = {"reason": pair.get("reason", ""), "detail": shown(pair.get("detail"), 400)}
-    return ShownPair(book=shown(pair.get("book")), place=place, **texts, **told)
+
+    def text(name: str) -> str:
+        return visible(str(pair.get(name) or "")[:TEXT], kept="\n\t")
+
+    return ShownPair(
+        question=text("question"),
+        answer=text("answer"),
+        book=shown(pair.get("book")),
+        place=f"chunk {shown(pair['chunk'])}{chars}" if "chunk" in pair else "",
+        raw=text("raw"),
+        reason=pair.get("reason", ""),
+        detail=shown(pair.get("detail"), 400),
+    )
 
 
 def _add_evidence(pairs: list[tuple[dict[str, Any], ShownPair]], books: str | None) -> dict[str, int]:
@@ -156,6 +169,7 @@ def _add_evidence(pairs: list[tuple[dict[str, Any], ShownPair]], books: str | No
             by_book[str(pair.get("book"))].append((pair, of_page))
     files = {file.key: file for file in find_files(books, "--books")} if books else {}
     sizes: dict[str, int] = {}
+    most = min(CHUNK_TEXT, EVIDENCE // max(len(pairs), 1))
     for book, held in by_book.items():
         problem, text = "", ""
         if not books:
@@ -178,8 +192,8 @@ def _add_evidence(pairs: list[tuple[dict[str, Any], ShownPair]], books: str | No
                 of_page.problem = problem or "the book ends before it"
             else:
                 of_page.before = visible(text[max(0, start - CONTEXT) : start], kept="\n\t")
-                of_page.parts = marked(visible(chunk[:CHUNK_TEXT].replace("\r\n", "\n"), kept="\n\t"), of_page.answer)
-                of_page.after = visible(text[stop : stop + CONTEXT], kept="\n\t") if len(chunk) <= CHUNK_TEXT else "…"
+                of_page.parts = marked(visible(chunk[:most].replace("\r\n", "\n"), kept="\n\t"), of_page.answer)
+                of_page.after = visible(text[stop : stop + CONTEXT], kept="\n\t") if len(chunk) <= most else "…"
     return sizes
 
 

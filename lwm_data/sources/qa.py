@@ -19,11 +19,9 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from random import Random
 
 import numpy as np
-import sentencepiece
 from jaxtyping import Int32, Int64
 
 from lwm_data.format.example import text_runs
@@ -34,6 +32,7 @@ from lwm_data.sources.files import InputFile, check_unchanged, find_files, read_
 from lwm_data.sources.qa_pairs import QaPair, pairs_of
 from lwm_data.sources.qa_windows import Evidence, Window, depth_of, plan_windows
 from lwm_data.sources.record import Record, Rejection
+from lwm_data.sources.token_starts import encode_with_starts, floor_token
 
 VERSION = 1  # raise it when the same inputs give other tokens
 OPTIONS = {"name", "tokens", "join", "order", "depth", "questions", "max_trained", "repeat"}  # that tokens depend on
@@ -141,7 +140,7 @@ class _Reading:
                 yield Rejection(pair.id, "unreadable book", f"{book.key}: {error.args[0]}")
             return
         check_unchanged(book)
-        ids, starts = _encoded(text, self._tokenizer)
+        ids, starts = encode_with_starts(text, self._tokenizer)
         first = len(self._ids)
         seen: set[QaPair] = set()
         num_of: dict[int, int] = {}
@@ -157,12 +156,12 @@ class _Reading:
             seen.add(pair)
             num_trained = len(self._tokenizer.encode(pair.answer)) + 1
             num_tokens = len(self._user) + len(self._question(pair)) + num_trained
-            begin, end = first + _floor(starts, pair.start), first + int(np.searchsorted(starts, pair.stop))
+            begin, end = first + floor_token(starts, pair.start), first + int(np.searchsorted(starts, pair.stop))
             self.pairs.append(pair)
             self.evidence.append(Evidence(begin, end, num_tokens, num_trained))
             self._labels.append(label)
         chunks = {place for pair in seen for place in (pair.start, pair.stop)}
-        known = sorted({0, len(ids)} | {_floor(starts, place) for place in chunks})
+        known = sorted({0, len(ids)} | {floor_token(starts, place) for place in chunks})
         self._borders.append(first + np.array(_with_stretches(text, starts, known), np.int64))
         self._books.append((book.key, first))
         self._ids = np.concatenate([self._ids, ids])
@@ -214,31 +213,13 @@ def _wrong(pair: QaPair, book: InputFile, text: str) -> Rejection | None:
     return None
 
 
-@lru_cache(maxsize=1)
-def _processor(model_bytes: bytes) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
-
-
-def _encoded(text: str, tokenizer: TextTokenizer) -> tuple[Int32[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-    """The ids of `text`, as tokenizer.encode has them, and the character that each begins at."""
-    found = _processor(tokenizer.model_bytes).encode(text, return_type="offset_mapping")
-    offsets = found["offsets"]
-    return np.array(found["ids"], np.int32), np.fromiter((begin for begin, _ in offsets), np.int64, len(offsets))
-
-
-def _floor(starts: Int64[np.ndarray, " n"], char: int) -> int:
-    """The token that begins at character `char`, or else the one that it lies in."""
-    token = int(np.searchsorted(starts, char))
-    return token if token == len(starts) or starts[token] == char else max(0, token - 1)
-
-
 def _with_stretches(text: str, starts: Int64[np.ndarray, " n"], borders: list[int]) -> list[int]:
     """`borders`, and ends of sentences where they lie far apart."""
     found = list(borders)
     for begin, end in itertools.pairwise(borders):
         for token in range(begin + STRETCH, end - STRETCH // 2, STRETCH):
             border = BORDER.search(text, int(starts[token]))
-            place = _floor(starts, border.end()) if border else end
+            place = floor_token(starts, border.end()) if border else end
             found.append(place if place < end else token)
     return found
 

@@ -99,7 +99,7 @@ class PairsByBook:
             yield json.loads(self._lines.readline())
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)  # of so many sources
 def pairs_of(files: tuple[InputFile, ...]) -> PairsByBook:
     """The pairs of hashed `files`. ValueError where one is not what was hashed."""
     return PairsByBook(files)

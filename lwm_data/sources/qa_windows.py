@@ -22,7 +22,7 @@ from jaxtyping import Int64
 from lwm_data.manifest_sources import Qa
 
 BINS = 10  # of depth, that `depth: uniform` fills alike
-SLACK = 4  # pairs of a bin beyond the least, which it may have for the sake of fewer windows
+SLACK = 4  # pairs of a bin beyond the least, or a tenth of its share, which it may have for the sake of fewer windows
 TRIES = 8  # windows that are drawn, of which the one with the most questions is taken
 TOO_LONG = "filtered: too long"
 TOO_MUCH_TRAINED = "filtered: max_trained"
@@ -155,7 +155,7 @@ class _Planner:
         def bin_of(number: int) -> int:
             return int(((self._starts[number] + self._stops[number]) / 2 - begin) / room * BINS)
 
-        level = self._filled[bin_of(first)] + SLACK
+        level = self._filled[bin_of(first)] + max(SLACK, len(self._pairs) // (10 * BINS))
         filled = list(self._filled)
         filled[bin_of(first)] += 1
         welcome: list[tuple[int, int, int]] = []

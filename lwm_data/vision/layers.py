@@ -1,4 +1,4 @@
-"""Three of taming's layers, computed better on a CPU; their weights and their meaning stay.
+"""Two of taming's layers, computed better on a CPU; their weights and their meaning stay.
 
     x --> GroupNorm -> SiLU -> conv -> GroupNorm -> SiLU -> conv --> + -->      the branch, where the work is: bfloat16
       \\_______________________ (1x1 conv) ______________________/              the trunk, where codes are decided:
@@ -9,12 +9,10 @@ Letters: B pictures, C channels, P places, one a pixel; 1 stands for an axis tha
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from taming.modules.diffusionmodules import model as taming
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad, silu
+from torch.nn.functional import linear, silu
 
 STRIP = 1 << 17  # numbers; 512 KiB in float32
 
@@ -26,8 +24,6 @@ def use_own_layers(model: nn.Module) -> None:
             module.__class__ = GroupNorm
         elif type(module) is taming.ResnetBlock:
             module.__class__ = ResnetBlock
-        elif type(module) is taming.Downsample:
-            module.__class__ = Downsample
 
 
 class GroupNorm(nn.GroupNorm):
@@ -78,6 +74,7 @@ class ResnetBlock(taming.ResnetBlock):  # type: ignore[misc]  # taming has no ty
         return summed
 
     def _strip_by_strip(self, x: Tensor) -> Tensor:
+        assert x.is_contiguous(memory_format=torch.channels_last), "rows of other layouts are copies, not views"
         h = self.conv1(_normed_silu(self.norm1, x))
         h = self.conv2(_normed_silu(self.norm2, h))
         if self.in_channels != self.out_channels:
@@ -90,25 +87,15 @@ class ResnetBlock(taming.ResnetBlock):  # type: ignore[misc]  # taming has no ty
         return x
 
 
-class Downsample(taming.Downsample):  # type: ignore[misc]
-    """taming's, in the dtype of its weights; the sum that it halves keeps its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        halved: Tensor = self.conv(pad(x.to(self.conv.weight.dtype), (0, 1, 0, 1)))
-        return halved.to(x.dtype)
-
-
-def halve_branches(encoder: Any, decoder: nn.Module) -> None:
-    """Let the branch of each ResnetBlock compute in bfloat16, and the encoder's first two halvings of the side.
+def halve_branches(model: nn.Module) -> None:
+    """Let the branch of each ResnetBlock in `model` compute in bfloat16.
 
     What branches are added to, and all other layers, stay in float32: they are little work and decide the codes.
     """
-    parts = [level.downsample.conv for level in list(encoder.down)[:2]]
-    for module in (*encoder.modules(), *decoder.modules()):
+    for module in model.modules():
         if isinstance(module, ResnetBlock):
-            parts += [module.norm1, module.conv1, module.norm2, module.conv2]
-    for part in parts:
-        nn.Module.to(part, torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for part in (module.norm1, module.conv1, module.norm2, module.conv2):
+                nn.Module.to(part, torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _strips(channels_last_BCHW: Tensor) -> tuple[Tensor, ...]:
@@ -117,13 +104,19 @@ def _strips(channels_last_BCHW: Tensor) -> tuple[Tensor, ...]:
 
 
 def _normed_silu(norm: GroupNorm, x_BCHW: Tensor) -> Tensor:
-    """silu(norm(x)) as bfloat16, float32 inside; the mean is taken off before the variance."""
+    """silu(norm(x)) as bfloat16, float32 inside.
+
+    A number near the mean is taken off before squares are taken, so that they do not cancel. Not off bfloat16: where
+    its squares would cancel, the numbers themselves are too coarse for any variance to be right.
+    """
     strips = _strips(x_BCHW)
-    about_B1C = strips[0].float().mean(1, keepdim=True)  # near the mean, so that the squares do not cancel
+    is_coarse = x_BCHW.dtype == torch.bfloat16
+    first_B1C = strips[0].float().mean(1, keepdim=True)
+    about_B1C = torch.zeros_like(first_B1C) if is_coarse else first_B1C
     sums_B1C = torch.zeros_like(about_B1C)
     squares_B1C = torch.zeros_like(about_B1C)
     for strip in strips:
-        near = strip.float() - about_B1C
+        near = strip.float() if is_coarse else strip - about_B1C
         ones = near.new_ones(1, 1, near.shape[1]).expand(len(near), -1, -1)
         sums_B1C += ones @ near
         squares_B1C += ones @ near.square_()
@@ -133,8 +126,8 @@ def _normed_silu(norm: GroupNorm, x_BCHW: Tensor) -> Tensor:
     own_B1C = power_B1C - offset_B1C.square() + (about_B1C + offset_B1C - mean_B1C).square()
     variance_B1C = norm._over_group(own_B1C).flatten(1)[:, None].clamp(min=0)
     scale_B1C = (variance_B1C + norm.eps).rsqrt() * norm.weight.float()
-    bias_C = norm.bias.float()
+    bias_B1C = norm.bias.float() - mean_B1C * scale_B1C
     out_BCHW = torch.empty_like(x_BCHW, dtype=torch.bfloat16)
     for strip, out in zip(strips, _strips(out_BCHW), strict=True):
-        out.copy_(silu(torch.addcmul(bias_C, strip.float() - mean_B1C, scale_B1C), inplace=True))
+        out.copy_(silu(torch.addcmul(bias_B1C, strip.float(), scale_B1C), inplace=True))
     return out_BCHW

@@ -26,7 +26,7 @@ from lwm_data.format.vocab import EOF
 NUM_LEVELS = 5  # four halvings: 256 pixels to 16 codes
 FACTOR = 1 << (NUM_LEVELS - 1)
 RESOLUTION = 256  # pixels of a side; 16 x 16 codes of 16 x 16 pixels are the 256 codes of a frame
-VERSIONS = {"fp32": 1, "bf16": 2}  # of the way from pixels to codes; another way of rounding, another number
+VERSIONS = {"fp32": 1, "bf16": 3}  # of the way from pixels to codes; another way of rounding, another number
 MAX_CHANNELS = 2048  # of the widest level: 16 times 128, above every published model
 CHUNK = 1 << 20  # bytes
 

@@ -93,7 +93,8 @@ class VQGAN(nn.Module):
         found = []
         for piece_NE in torch.split(vectors_NE, SEARCH_ROWS):
             norms_N1 = (piece_NE**2).sum(1, keepdim=True)
-            found.append((norms_N1 + norms_K - 2 * (piece_NE @ codebook_KE.T)).argmin(1))
+            distances_NK = norms_N1 + norms_K - 2 * (piece_NE @ codebook_KE.T)
+            found.append(distances_NK.min(1).indices)  # argmin takes twice as long
         return torch.cat(found).reshape(len(vectors_BEHW), -1)
 
 
@@ -112,7 +113,7 @@ class VisionTokenizer:
         self.model = model.to(self.device).eval()
         nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if spec.dtype == "bf16":
-            halve_branches(model.encoder, model.decoder)
+            halve_branches(model)
 
     def encode(self, pixels: UInt8[np.ndarray, "n 256 256 3"]) -> Int32[np.ndarray, "n 256"]:
         """Codes of `pixels`. ValueError for another shape or dtype."""

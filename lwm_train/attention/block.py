@@ -33,7 +33,14 @@ class TokenIds(NamedTuple):
 
 
 class BlockKernel(Protocol):
-    """Attention of one block of queries to one block of keys, forward and backward."""
+    """Attention of one block of queries to one block of keys, forward and backward.
+
+    A kernel is a hashable value: schedules take it as a static argument.
+    """
+
+    def tile(self, length: int) -> int:
+        """The size of the tiles that a block of `length` tokens is cut into, for the ring to ask which are live."""
+        ...
 
     def forward(
         self, q_BKGQD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, q_ids: TokenIds, k_ids: TokenIds

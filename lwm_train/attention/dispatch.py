@@ -4,23 +4,31 @@
           |  jax.shard_map
     local [B', K', G, L', D]                             keys are put in this layout once, before they travel
           |  schedule: ring | allgather | ulysses        who meets whom, when; one device needs none
-          |  kernel:   xla                               one meeting
+          |  kernel:   xla | splash                      one meeting
     out [B, L, H, D]
 
 Legend: B rows, L tokens, H query heads, K key heads, G = H / K, D head size.
 """
 
+from collections.abc import Callable
+
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from lwm_train.attention import xla
 from lwm_train.attention.block import BlockKernel, TokenIds
 from lwm_train.attention.gathered import allgather_local, ulysses_local
 from lwm_train.attention.local import attend_local
 from lwm_train.attention.ring import ring_local
+from lwm_train.attention.splash import SplashKernel
+from lwm_train.attention.xla import XlaKernel
 
 SCHEDULES = ("auto", "ring", "allgather", "ulysses")
-KERNELS: dict[str, BlockKernel] = {"xla": xla}
+KERNELS: dict[str, Callable[[str], BlockKernel]] = {
+    "xla": lambda platform: XlaKernel(64 if platform == "cpu" else 128),
+    "splash": lambda platform: SplashKernel(interpret=platform != "tpu"),
+}
+"""What each kernel is for the platform that the program is made for, which need not be that of this machine."""
+
 _ROWS = ("dp", "fsdp")
 _IDS = PartitionSpec(_ROWS, "sp")
 _HEADS = PartitionSpec(_ROWS, "sp", "tp", None)
@@ -62,12 +70,15 @@ def attention(
     inputs); the result [B, L, H, D] has q's dtype.
 
     `mesh` has the axes dp, fsdp, tp, sp, with B over (dp, fsdp), L over sp, H and K over tp; None is one device.
+    `kernel`: auto is splash on TPU and xla elsewhere. The platform is that of the mesh's devices, which may be a
+    topology to compile for; without a mesh it is this machine's.
 
     Raises:
         ValueError: for shapes that do not fit each other or the mesh, or an unknown schedule or kernel.
     """
     _check_shapes(q_BLHD, k_BLKD, v_BLKD, segment_ids_BL, position_ids_BL)
-    block_kernel = _pick(kernel)
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    block_kernel = _pick(kernel, platform)
     if schedule not in SCHEDULES:
         raise ValueError(f"attention schedule: got {schedule!r}, wanted one of {', '.join(SCHEDULES)}")
     ids = TokenIds(segment_ids_BL, position_ids_BL)
@@ -83,7 +94,6 @@ def attention(
         chosen = schedule
         if schedule == "auto":
             group = q.shape[2] // k.shape[2]
-            platform = mesh.devices.flat[0].platform
             chosen = choose_schedule(q.shape[1], group, k.shape[2], num_devices, platform)
         if chosen == "allgather":
             return _join_heads(allgather_local(block_kernel, "sp", *heads, ids))
@@ -112,11 +122,11 @@ def _join_heads(out_BKGLD: jax.Array) -> jax.Array:
     return out_BKGLD.transpose(0, 3, 1, 2, 4).reshape(rows, length, key_heads * group, head_dim)
 
 
-def _pick(kernel: str) -> BlockKernel:
-    name = "xla" if kernel == "auto" else kernel
+def _pick(kernel: str, platform: str) -> BlockKernel:
+    name = kernel if kernel != "auto" else "splash" if platform == "tpu" else "xla"
     if name not in KERNELS:
         raise ValueError(f"attention kernel: got {kernel!r}, wanted auto or one of {', '.join(KERNELS)}")
-    return KERNELS[name]
+    return KERNELS[name](platform)
 
 
 def _check_shapes(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, position: jax.Array) -> None:

@@ -40,6 +40,12 @@ def visible(q_ids: TokenIds, k_ids: TokenIds) -> jax.Array:
     return same & (k_ids.position_BL[..., None, :] <= q_ids.position_BL[..., :, None])
 
 
+def pad_ids(ids: TokenIds, tile: int) -> TokenIds:
+    """Fill the last tile with padding, so that the length is a multiple of `tile`."""
+    short = -ids.segment_BL.shape[1] % tile
+    return TokenIds(*(jnp.pad(field, ((0, 0), (0, short))) for field in ids))
+
+
 def tile_ranges(ids: TokenIds, tile: int) -> TileRanges:
     """Summarise tiles of `tile` tokens; the length of the block is a multiple of `tile`."""
     rows, length = ids.segment_BL.shape

@@ -4,9 +4,9 @@ Four devices; column = hop, entry = whose keys are there. Device d holds block (
 
     hop         0   1   2   3
     device 0    0   3   2   1        forward:  N - 1 sends of (k, v, ids); block h + 1 is sent while h is computed
-    device 1    1   0   3   2        backward: the same, and the gradients of the travelling block go with it,
-    device 2    2   1   0   3                  one send behind, and then straight home; a device's own block is
-    device 3    3   2   1   0                  computed last
+    device 1    1   0   3   2        backward: the same, and the gradients of the travelling block go with it, one
+    device 2    2   1   0   3                  send behind, from the last hop straight home: N - 1 sends too, since
+    device 3    3   2   1   0                  those of hop 0 never leave home; it is computed last
 
 Before the first hop all devices agree on the last hop that any of them needs (from the ranges of the tiles, a few
 numbers per tile): later hops are neither computed nor sent. A hop that this device does not need, but another
@@ -25,8 +25,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from lwm_train.attention.block import ATTENTION_RESULT, DEAD_LSE, BlockKernel, TokenIds, accumulation_dtype, merge
-from lwm_train.attention.mask import TileRanges, live_tiles, tile_ranges
-from lwm_train.attention.xla import pad_ids, tile_size
+from lwm_train.attention.mask import TileRanges, live_tiles, pad_ids, tile_ranges
 
 T = TypeVar("T")
 
@@ -72,7 +71,7 @@ def _forward(
     v: jax.Array,
     ids: TokenIds,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    needed = _needed_hops(axis, ids)
+    needed = _needed_hops(axis, kernel.tile(q.shape[3]), ids)
     last_hop = _last_hop(needed, all_axes)
     dtype = accumulation_dtype(q.dtype)
     State = tuple[_Block, jax.Array, jax.Array]
@@ -103,8 +102,9 @@ def _backward(
     ids = TokenIds(segment, position)
     dtype = accumulation_dtype(q.dtype)
     delta = jnp.sum(out.astype(dtype) * d_out.astype(dtype), axis=-1)
+    State = tuple[_Block, jax.Array, jax.Array]
 
-    def compute(hop: jax.Array | int, block: _Block, dq: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def compute(hop: jax.Array, block: _Block, dq: jax.Array) -> tuple[jax.Array, jax.Array]:
         """dq with this meeting's share added, and the share of the block's gradients, [2, B, K, S, D]."""
 
         def meet(dq: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -113,24 +113,35 @@ def _backward(
 
         return lax.cond(needed[hop], meet, lambda dq: (dq, nothing), dq)
 
-    def one_hop(hop: jax.Array, state: tuple[_Block, jax.Array, jax.Array]) -> tuple[_Block, jax.Array, jax.Array]:
+    def one_hop(hop: jax.Array, state: State) -> State:
         block, dq, d_block = state
         onward, arrived = _send(block, axis), _send(d_block, axis)
         dq, share = compute(hop, block, dq)  # needs neither, so both are under way meanwhile
         return onward, dq, arrived + share
 
-    def visit_others(dq: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def no_other(dq: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return dq, nothing
+
+    def next_device(dq: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Hop 1 is the last."""
+        dq, d_block = compute(last_hop, _send(own, axis), dq)
+        return dq, _send(d_block, axis, -1)
+
+    def further(dq: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Hops 1 to last_hop; dq, and the gradients of the own block as they come home."""
-        state = (_send(own, axis), dq, nothing)
-        block, dq, d_block = lax.fori_loop(jnp.int32(1), last_hop, one_hop, state)
-        arrived = _send(d_block, axis) if lax.axis_size(axis) > 2 else d_block
+        block = _send(own, axis)
+        onward = _send(block, axis)  # nothing has come with the first block yet
+        state = onward, *compute(jnp.int32(1), block, dq)
+        block, dq, d_block = lax.fori_loop(jnp.int32(2), last_hop, one_hop, state)
+        arrived = _send(d_block, axis)
         dq, share = compute(last_hop, block, dq)
         return dq, _send_home(arrived + share, last_hop, axis)
 
     own = _own_block(k, v, ids)
     nothing = jnp.zeros((2, *k.shape), dtype)
-    dq, d_block = lax.cond(last_hop > 0, visit_others, lambda dq: (dq, nothing), jnp.zeros(q.shape, dtype))
-    dq, share = compute(0, own, dq)
+    ways = [no_other, next_device, further][: lax.axis_size(axis)]
+    dq, d_block = lax.switch(jnp.minimum(last_hop, len(ways) - 1), ways, jnp.zeros(q.shape, dtype))
+    dq, share = compute(jnp.int32(0), own, dq)
     dk, dv = d_block + share
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
@@ -142,20 +153,14 @@ def _own_block(k: jax.Array, v: jax.Array, ids: TokenIds) -> _Block:
     return _Block(jnp.stack([k, v]), jnp.stack(ids))
 
 
-def _needed_hops(axis: str, ids: TokenIds) -> jax.Array:
+def _needed_hops(axis: str, tile: int, ids: TokenIds) -> jax.Array:
     """bool [N]: at which hops this device's queries meet a live tile of keys."""
     num_devices = lax.axis_size(axis)
-    tile = tile_size(ids.segment_BL.shape[1])
     ranges = tile_ranges(pad_ids(ids, tile), tile)
     all_ranges = lax.all_gather(jnp.stack(ranges), axis)
     needed_from = jax.vmap(lambda keys: live_tiles(ranges, TileRanges(*keys)).any())(all_ranges)
     hops = jnp.arange(num_devices)
     return needed_from[(lax.axis_index(axis) - hops) % num_devices]
-
-
-def last_needed_hop(axis: str, all_axes: tuple[str, ...], segment_BL: jax.Array, position_BL: jax.Array) -> jax.Array:
-    """How many hops a row takes: the last that any device of the mesh needs, int32, the same on all of them."""
-    return _last_hop(_needed_hops(axis, TokenIds(segment_BL, position_BL)), all_axes)
 
 
 def _last_hop(needed: jax.Array, all_axes: tuple[str, ...]) -> jax.Array:
@@ -172,6 +177,6 @@ def _send(tree: T, axis: str, distance: int = 1) -> T:
 
 
 def _send_home(tree: T, hop: jax.Array, axis: str) -> T:
-    """Bring what is `hop` devices from home straight back."""
-    branches = [partial(_send, axis=axis, distance=-distance) for distance in range(1, lax.axis_size(axis))]
-    return lax.switch(hop - 1, branches, tree)
+    """Bring what is `hop` devices from home, 2 at least, straight back."""
+    branches = [partial(_send, axis=axis, distance=-distance) for distance in range(2, lax.axis_size(axis))]
+    return lax.switch(hop - 2, branches, tree)

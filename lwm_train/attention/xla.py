@@ -13,38 +13,60 @@ Legend: B rows, K key heads, G query heads for each key head, Q queries, S keys,
 """
 
 import math
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from lwm_train.attention.block import DEAD_LSE, TokenIds, accumulation_dtype
-from lwm_train.attention.mask import live_tiles, tile_ranges, visible
+from lwm_train.attention.mask import live_tiles, pad_ids, tile_ranges, visible
 
-_CPU_TILE = 64  # scores of all heads of a tile stay in the second-level cache
-_TILE = 128  # the size of a matrix unit, and of the chunks that `token_order` deals
 _MASKED = -1.0e30  # below DEAD_LSE, so that exp(_MASKED - DEAD_LSE) is 0
 
 
-def tile_size(length: int) -> int:
-    """The tile that cuts a block of `length` tokens into as few tiles as the device likes, with the least padding."""
-    num_tiles = -(-length // (_CPU_TILE if jax.default_backend() == "cpu" else _TILE))
-    return -(-length // num_tiles)
+@dataclass(frozen=True)
+class XlaKernel:
+    """The `BlockKernel` of this module, with the greatest tile that suits a platform.
+
+    128 tokens are the side of a matrix unit, and of the chunks that `token_order` deals. On CPU 64 are better: the
+    scores of all heads of a tile stay in the second-level cache.
+    """
+
+    most_tokens: int
+
+    def tile(self, length: int) -> int:
+        """As few tiles as `most_tokens` allows, with the least padding."""
+        return -(-length // -(-length // self.most_tokens))
+
+    def forward(
+        self, q_BKGQD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, q_ids: TokenIds, k_ids: TokenIds
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `BlockKernel.forward`."""
+        tiles = _Tiles(q_ids, k_ids, self.tile(q_BKGQD.shape[3]), self.tile(k_BKSD.shape[2]))
+        return _forward(q_BKGQD, k_BKSD, v_BKSD, tiles)
+
+    def backward(
+        self,
+        q_BKGQD: jax.Array,
+        k_BKSD: jax.Array,
+        v_BKSD: jax.Array,
+        q_ids: TokenIds,
+        k_ids: TokenIds,
+        d_out_BKGQD: jax.Array,
+        lse_BKGQ: jax.Array,
+        delta_BKGQ: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See `BlockKernel.backward`."""
+        tiles = _Tiles(q_ids, k_ids, self.tile(q_BKGQD.shape[3]), self.tile(k_BKSD.shape[2]))
+        return _backward(q_BKGQD, k_BKSD, v_BKSD, tiles, d_out_BKGQD, lse_BKGQ, delta_BKGQ)
 
 
-def pad_ids(ids: TokenIds, tile: int) -> TokenIds:
-    """Fill the last tile with padding, so that the length is a multiple of `tile`."""
-    padded = -(-ids.segment_BL.shape[1] // tile) * tile
-    return TokenIds(*(_pad(field, 1, padded) for field in ids))
-
-
-def forward(
-    q_BKGQD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, q_ids: TokenIds, k_ids: TokenIds
+def _forward(
+    q_BKGQD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, tiles: "_Tiles"
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of a block of queries to a block of keys; see `BlockKernel.forward`."""
     rows, key_heads, group, num_queries, head_dim = q_BKGQD.shape
     dtype = accumulation_dtype(q_BKGQD.dtype)
-    tiles = _Tiles(q_ids, k_ids)
     q_BKGQD, k_BKSD, v_BKSD = tiles.pad_q(q_BKGQD, 3), tiles.pad_k(k_BKSD, 2), tiles.pad_k(v_BKSD, 2)
     scale = 1.0 / math.sqrt(head_dim)
     tile_rows = group * tiles.q_tile
@@ -88,21 +110,18 @@ def forward(
     return out_BKGQD[:, :, :, :num_queries], lse_BKGQ[:, :, :, :num_queries]
 
 
-def backward(
+def _backward(
     q_BKGQD: jax.Array,
     k_BKSD: jax.Array,
     v_BKSD: jax.Array,
-    q_ids: TokenIds,
-    k_ids: TokenIds,
+    tiles: "_Tiles",
     d_out_BKGQD: jax.Array,
     lse_BKGQ: jax.Array,
     delta_BKGQ: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """This block's share of the gradients; see `BlockKernel.backward`."""
     rows, key_heads, group, num_queries, head_dim = q_BKGQD.shape
     num_keys = k_BKSD.shape[2]
     dtype = accumulation_dtype(q_BKGQD.dtype)
-    tiles = _Tiles(q_ids, k_ids)
     q_BKGQD, k_BKSD, v_BKSD = tiles.pad_q(q_BKGQD, 3), tiles.pad_k(k_BKSD, 2), tiles.pad_k(v_BKSD, 2)
     d_out_BKGQD, lse_BKGQ, delta_BKGQ = (tiles.pad_q(x, 3) for x in (d_out_BKGQD, lse_BKGQ, delta_BKGQ))
     scale = 1.0 / math.sqrt(head_dim)
@@ -158,9 +177,9 @@ def _scores(q_KRD: jax.Array, k_KSD: jax.Array, bias_QS: jax.Array, scale: float
 class _Tiles:
     """The cut of one pair of blocks into tiles, and which pairs of tiles are live."""
 
-    def __init__(self, q_ids: TokenIds, k_ids: TokenIds) -> None:
+    def __init__(self, q_ids: TokenIds, k_ids: TokenIds, q_tile: int, k_tile: int) -> None:
         num_queries, num_keys = q_ids.segment_BL.shape[1], k_ids.segment_BL.shape[1]
-        self.q_tile, self.k_tile = tile_size(num_queries), tile_size(num_keys)
+        self.q_tile, self.k_tile = q_tile, k_tile
         self.num_q, self.num_k = -(-num_queries // self.q_tile), -(-num_keys // self.k_tile)
         self.padded_q, self.padded_k = self.num_q * self.q_tile, self.num_k * self.k_tile
         self._q_ids, self._k_ids = pad_ids(q_ids, self.q_tile), pad_ids(k_ids, self.k_tile)

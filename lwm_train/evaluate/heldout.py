@@ -67,7 +67,7 @@ def heldout_loss(
             f"dp x fsdp = {row_shards} and sp = {mesh.shape['sp']}; choose other batch_rows or another mesh"
         )
     eval_step = make_eval_step(config, mesh)
-    empty = _padding_row(dataset.info.row_length)
+    empty = padding_row(dataset.info.row_length)
     totals = np.zeros((3, 2))  # ce, tokens, right ones; text, vision
     for start in range(0, len(dataset), batch_rows):
         rows = [dataset[row] for row in range(start, min(start + batch_rows, len(dataset)))]
@@ -89,7 +89,8 @@ def heldout_loss(
     )
 
 
-def _padding_row(length: int) -> Arrays:
+def padding_row(length: int) -> Arrays:
+    """A row without a token."""
     return Arrays(
         tokens=np.zeros(length, np.int32),
         vision_mask=np.zeros(length, bool),

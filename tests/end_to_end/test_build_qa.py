@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from lwm_data.build import BuildResult, build
@@ -17,9 +19,12 @@ from lwm_data.check import check_dataset
 from lwm_data.cli import app
 from lwm_data.format.dataset import open_dataset
 from lwm_data.format.vocab import TextTokenizer
+from lwm_data.manifest_sources import Needles
 from lwm_data.qa.chunks import Chunker
-from lwm_data.sources.files import find_files, hash_file, read_text
+from lwm_data.sources.files import InputFile, find_files, hash_file, read_text
+from lwm_data.sources.needles import read_needles
 from lwm_data.sources.qa import asked_of
+from lwm_data.sources.record import Record
 
 DEMO = Path(__file__).parents[2] / "manifests" / "demo"
 NOVELS = str(DEMO / "novels" / "[achw]*.txt")  # the five shorter ones
@@ -154,11 +159,53 @@ def test_examples_made_of_an_evaluations_haystack_are_left_out(
     needles = {"name": "needles", "type": "needles", "count": 5, "haystack": haystack, "tokens": 1000}
     sources = [*json.loads(manifest.read_text())["sources"], needles]
     rule = {"contamination": {"texts": [haystack]}, "sources": sources}
-    info = build(manifest, [f"{key}={json.dumps(value)}" for key, value in rule.items()]).info
+    result = build(manifest, [f"{key}={json.dumps(value)}" for key, value in rule.items()])
+    info = result.info
     assert info.sources["needles"].reasons == {"contaminated": 5} and info.sources["needles"].examples == 0
     assert info.sources["book-qa"].reasons["contaminated"] > 1
-    assert not [line for line in _examples_of(manifest) if "alice" in line["key"]]
+    assert not [line for line in _examples(result) if "alice" in line["key"]]
 
 
-def _examples_of(manifest: Path) -> list[dict[str, Any]]:
-    return [line for path in (manifest.parent / "out").glob("*.parquet") for line in pq.read_table(path).to_pylist()]
+def test_no_needle_is_an_evaluations_own_whatever_the_seeds(
+    demo_tokenizer: TextTokenizer, corpus_text: str, tmp_path: Path
+) -> None:
+    """Equal seeds and haystacks: the numbers are drawn apart, for no source can be named like an evaluation's case."""
+    from lwm_train.config import NeedleSpec
+    from lwm_train.evaluate.needle import needle_prompts
+
+    (tmp_path / "a.txt").write_text(corpus_text[:6000], encoding="utf-8")
+    file = hash_file(None, InputFile(str(tmp_path / "a.txt"), "a.txt"))
+    spec = NeedleSpec(haystack="a.txt", lengths=(150, 200), depths=(0, 0.5, 1), rounds=10)
+    asked = {str(prompt.number) for prompt in needle_prompts(demo_tokenizer, corpus_text[:6000], spec)}
+    source = Needles.model_validate(
+        {"name": "150", "type": "needles", "count": 60, "haystack": "a.txt", "tokens": {"min": 150, "max": 200}}
+    )
+    trained: set[str] = set()
+    for record in read_needles(source, spec.seed, (file,), 0, source.count, demo_tokenizer):
+        assert isinstance(record, Record)
+        trained |= set(re.findall(r"\d{7}", demo_tokenizer.decode(record.runs[-2].tokens)))
+    assert len(asked) == 60 and len(trained) == 60 and not asked & trained
+    with pytest.raises(ValueError, match="name"):
+        Needles.model_validate(source.model_dump() | {"name": "150/0.5"})
+
+
+def test_no_manifest_here_trains_on_the_haystack_of_an_evaluation() -> None:
+    read = {path: yaml.safe_load(path.read_text(encoding="utf-8")) for path in DEMO.parent.rglob("*.yaml")}
+    evaluations = {path: of for path, of in read.items() if of["kind"] == "eval"}
+    heldout = {(path.parent / of["heldout"]).resolve() for path, of in evaluations.items() if "heldout" in of}
+    datasets = {
+        path: of
+        for path, of in read.items()
+        if of["kind"] == "dataset" and (path.parent / of["out"]).resolve() not in heldout
+    }
+    trained = [
+        file
+        for path, of in datasets.items()
+        for source in of["sources"]
+        for key in {"path", "haystack", "books"} & source.keys()
+        for file in path.parent.glob(source[key])
+        if file.is_file()
+    ]
+    asked = [file for path, of in evaluations.items() for file in path.parent.glob(of["needle"]["haystack"])]
+    assert trained and asked
+    assert not {file.read_bytes() for file in trained} & {file.read_bytes() for file in asked}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+import sentencepiece
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lwm_data.format.vocab import TextTokenizer
@@ -22,11 +24,10 @@ from lwm_data.sources.files import InputFile, find_files, hash_file
 from lwm_data.sources.qa import asked_of
 from lwm_data.sources.qa_windows import TOO_FEW, Evidence, depth_of, plan_windows
 from lwm_data.sources.record import Record, Rejection
+from lwm_data.sources.token_starts import encode_with_starts
 from lwm_data.sources.unit import Unit, group_input, plan_units, read_unit
 
 FRAME = 9
-ROOT = Path(__file__).parents[2]
-NOVELS = ROOT / "manifests" / "demo" / "novels"
 
 
 def _rule(**keys: Any) -> Qa:
@@ -134,6 +135,7 @@ class _Corpus:
         (folder / "books").mkdir()
         self.folder, self.tokenizer, self.texts = folder, tokenizer, texts
         self.pairs: list[dict[str, Any]] = []
+        self.other_lines: list[str] = []
         for name, text in texts.items():
             (folder / "books" / name).write_text(text, encoding="utf-8", newline="")
             for chunk in Chunker(tokenizer, chunk_tokens).cut(text):
@@ -160,7 +162,7 @@ class _Corpus:
 
     def units(self, **keys: Any) -> list[Unit]:
         path = self.folder / "qa.jsonl"
-        path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in self.pairs))
+        path.write_text("".join(line + "\n" for line in [*map(json.dumps, self.pairs), *self.other_lines]))
         source = _rule(path=str(path), books=str(self.folder / "books" / "*.txt"), **keys)
         groups = group_input(source, find_files(source.path, "path"))
         hashed: list[tuple[InputFile, ...]] = [tuple(hash_file(None, file) for file in group) for group in groups]
@@ -269,6 +271,41 @@ def test_evidence_is_whole_wherever_another_tokenizer_cut_it(
         assert text[slice(*pair["chars"])].strip() in found[f"{pair['chunk']}.0"]
 
 
+@given(text=st.text(st.sampled_from("ab ,.'’é東\U0001f600\u2581\n\t\x00"), min_size=1, max_size=60))
+@example("\u2581")
+@example("  a")
+def test_tokens_begin_where_sentencepiece_says(demo_tokenizer: TextTokenizer, text: str) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_proto=demo_tokenizer.model_bytes)
+    found = processor.encode(text, return_type="offset_mapping")
+    ids, starts = encode_with_starts(text, demo_tokenizer)
+    assert (ids.tolist(), starts.tolist()) == (found["ids"], [begin for begin, _ in found["offsets"]])
+
+
+def test_evidence_is_whole_where_a_tokenizer_changes_its_text(tmp_path: Path, corpus_text: str) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus_text.splitlines()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        normalization_rule_name="nmt_nfkc_cf",
+        minloglevel=2,
+    )
+    tokenizer = TextTokenizer("folding", model.getvalue(), 1, 2)
+    corpus = _Corpus(tmp_path, tokenizer, {"a.txt": "The Queen ﬁxed  it. " + corpus_text[:5000]}, 150)
+    records, rejected = corpus.read(tokens=1000)
+    assert rejected == [] and sum(len(asked_of(record.key)) for record in records) == len(corpus.pairs)
+    for record in records:
+        ids, _ = _reference(corpus, record.key)
+        assert [int(token) for run in record.runs for token in run.tokens] == ids
+        for asked in asked_of(record.key):
+            (pair,) = (pair for pair in corpus.pairs if pair["id"] == f"a.txt:{asked.pair.replace('.', ':')}")
+            chunk = corpus.texts["a.txt"][slice(*pair["chars"])].replace("ﬁ", "fi").lower()
+            evidence = tokenizer.decode(np.array(ids[asked.start : asked.stop]))
+            assert " ".join(chunk.split()) in " ".join(evidence.split())
+
+
 def test_what_is_no_usable_pair_is_rejected_with_its_reason(corpus: _Corpus) -> None:
     whole = len(corpus.pairs)
     good = corpus.pairs[0]
@@ -283,9 +320,8 @@ def test_what_is_no_usable_pair_is_rejected_with_its_reason(corpus: _Corpus) -> 
         good | {"id": "8", "question": "\ud800?"},
         good | {"id": "9", "answer": "word " * 3000},
         good,
-        "{",
-        "[1]",
     ]
+    corpus.other_lines = ["{", "[1]"]
     records, rejected = corpus.read(tokens=2000)
     assert {(of.key, of.reason) for of in rejected} == {
         ("1", "other book"),

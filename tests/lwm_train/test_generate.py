@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lwm_train.config import MeshSpec, ModelConfig, ModelSpec
-from lwm_train.generate import bucket, decode_step, generate, prefill
+from lwm_train.generate import Draw, bucket, decode_step, generate, generate_drawn, prefill
 from lwm_train.mesh import make_mesh
 from lwm_train.model import Params, forward, init_params
 
@@ -137,3 +137,30 @@ def test_buckets_hold_their_length_with_little_waste() -> None:
 def test_a_prompt_that_the_model_cannot_read_is_refused(params: Params, prompt: list[int]) -> None:
     with pytest.raises(ValueError, match="prompt 1: "):
         generate(params, CONFIG, [[1], prompt], 1, temperature=0, seed=0, eos=None)
+
+
+def test_prompts_of_one_batch_keep_their_own_draws(params: Params) -> None:
+    prompts = prompts_of(LENGTHS)
+    draws = [Draw(9, 0, 0), Draw(5, 1.0, 7, row=2), Draw(9, 0.5, 2**32 - 1), Draw(0, 1.0, 1)]
+    together = generate_drawn(params, CONFIG, prompts, draws, eos=None)
+    assert [len(ids) for ids in together] == [9, 5, 9, 0]
+    for prompt, draw, ids in zip(prompts[:3], draws, together, strict=False):
+        rows = [[1]] * draw.row + [prompt]  # generate numbers its prompts
+        wanted = generate(params, CONFIG, rows, draw.num_tokens, temperature=draw.temperature, seed=draw.seed, eos=None)
+        assert ids == wanted[draw.row]
+
+
+def test_who_watches_sees_every_prompt_grow_and_may_end_it(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lwm_train.generate.WATCH_EVERY", 3)
+    prompts = prompts_of(LENGTHS)
+    draws = [Draw(n, 0, 0) for n in (8, 9, 4, 9)]
+    whole = generate_drawn(params, CONFIG, prompts, draws, eos=None)
+    seen: dict[int, list[tuple[list[int], bool]]] = {i: [] for i in range(4)}
+
+    def watch(number: int, ids: list[int], finished: bool) -> bool:
+        seen[number].append((ids, finished))
+        return number != 3 or len(ids) < 6
+
+    assert generate_drawn(params, CONFIG, prompts, draws, eos=None, watch=watch)[:3] == whole[:3]
+    for number, lengths in enumerate([(3, 6, 8), (3, 6, 9), (3, 4), (3, 6)]):
+        assert seen[number] == [(whole[number][:n], n == draws[number].num_tokens) for n in lengths]

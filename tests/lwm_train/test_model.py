@@ -1,8 +1,9 @@
-"""The model against Hugging Face's LLaMA, and on meshes of simulated devices."""
+"""The model against Hugging Face's LLaMA and PyTorch's gradients; its sizes."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lwm_train.batch import make_batch, put_on_mesh
-from lwm_train.config import LossSpec, MeshSpec, ModelConfig, OptimizerSpec
-from lwm_train.mesh import make_mesh
-from lwm_train.model import Params, forward, init_params, num_params
-from lwm_train.optimizer import make_optimizer
-from lwm_train.step import init_state, make_train_step
-from tests.lwm_train.rows import packed_rows, random_examples
+from lwm_train.batch import Batch
+from lwm_train.config import PRESETS, ModelConfig, ModelSpec
+from lwm_train.loss import loss_and_sums
+from lwm_train.model import Params, forward, heads, init_params, num_params
 
 
 def to_hugging_face(params: Params, config: ModelConfig) -> LlamaForCausalLM:
@@ -36,10 +34,18 @@ def to_hugging_face(params: Params, config: ModelConfig) -> LlamaForCausalLM:
             attn_implementation="eager",
         )
     )
-    state = {
+    state = {name: torch.tensor(np.asarray(value)) for name, value in hugging_face_names(params, config).items()}
+    missing = model.load_state_dict(state, strict=True)
+    assert not missing.missing_keys
+    return model.eval()
+
+
+def hugging_face_names(params: Params, config: ModelConfig) -> dict[str, Any]:
+    """The text parameters (or their gradients) by the names and in the shapes of Hugging Face's LLaMA."""
+    state: dict[str, Any] = {
         "model.embed_tokens.weight": params.text_embedding,
         "model.norm.weight": params.final_norm,
-        "lm_head.weight": params.text_head.T,
+        "lm_head.weight": heads(params)[0].T,
     }
     names = {
         "input_layernorm": "attention_norm",
@@ -55,9 +61,7 @@ def to_hugging_face(params: Params, config: ModelConfig) -> LlamaForCausalLM:
     for i in range(config.num_layers):
         for theirs, ours in names.items():
             state[f"model.layers.{i}.{theirs}.weight"] = getattr(params.layers, ours)[i].T
-    missing = model.load_state_dict({k: torch.tensor(np.asarray(v)) for k, v in state.items()}, strict=True)
-    assert not missing.missing_keys
-    return model.eval()
+    return state
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
@@ -76,44 +80,78 @@ def test_logits_equal_those_of_hugging_face_llama(kv_heads: int) -> None:
     )
 
 
-def test_the_7b_preset_has_the_parameters_of_the_release() -> None:
-    from lwm_train.config import ModelSpec
+@pytest.mark.parametrize("kv_heads", [4, 2], ids=["mha", "gqa"])
+def test_gradients_equal_those_of_pytorch(kv_heads: int) -> None:
+    config = ModelConfig(64, 96, 3, 4, kv_heads, text_vocab_size=100, rope_theta=5e4)
+    params = init_params(config, jax.random.key(2))
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(0, 100, (2, 29)).astype(np.int32)
+    pull = rng.normal(size=(2, 29, 100)).astype(np.float32)
+    positions = np.broadcast_to(np.arange(29, dtype=np.int32), tokens.shape)
 
-    config = ModelSpec(preset="7b").config(32000)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    assert num_params(shapes) == 6_807_621_632  # of the release's vision model
+    def pulled(params: Params) -> jax.Array:
+        hidden = forward(params, config, tokens, np.zeros(tokens.shape, bool), np.ones_like(tokens), positions)
+        return (hidden @ heads(params)[0] * pull).sum()
 
-
-MESHES = [MeshSpec(fsdp=8), MeshSpec(tp=2, sp=4), MeshSpec(dp=2, fsdp=2, sp=2)]
+    ours = jax.tree.map(np.asarray, jax.jit(jax.grad(pulled))(params))
+    model = to_hugging_face(params, config)
+    (model(torch.tensor(tokens, dtype=torch.long)).logits * torch.tensor(pull)).sum().backward()
+    theirs = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    for name, gradient in hugging_face_names(ours, config).items():
+        wanted = theirs.pop(name)
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max(), err_msg=name)
+    assert not theirs
 
 
 @pytest.mark.parametrize(
-    "spec",
-    [OptimizerSpec(lr=1e-2, schedule="constant"), OptimizerSpec(name="muon", lr=1e-2, adam_lr=1e-2)],
-    ids=lambda spec: spec.name,
+    ("preset", "vocabulary", "published"),
+    [
+        ("7b", 32_000, 6_738_415_616),  # LLaMA-2 7B
+        ("13b", 32_000, 13_015_864_320),  # LLaMA-2 13B
+        ("70b", 32_000, 68_976_648_192),  # LLaMA-2 70B
+        ("3b", 32_000, 3_426_473_600),  # OpenLLaMA 3B
+        ("8b", 128_256, 8_030_261_248),  # LLaMA-3 8B
+        ("8b", 32_000, 7_241_732_096),  # Mistral 7B
+        ("1b-gqa", 32_000, 1_100_048_384),  # TinyLlama 1.1B
+    ],
 )
-def test_a_step_is_the_same_on_every_mesh(spec: OptimizerSpec) -> None:
-    config = ModelConfig(32, 64, 2, 4, 2, text_vocab_size=64)
-    rows = packed_rows(random_examples(np.random.default_rng(0), 24, 24, 64), 64, 8, "example")
-    optimizer = make_optimizer(spec, 10)
+def test_presets_have_the_published_number_of_parameters(preset: str, vocabulary: int, published: int) -> None:
+    spec = ModelSpec.model_validate({"preset": preset})
+    params = jax.eval_shape(lambda: init_params(spec.config(vocabulary), jax.random.key(0)))
+    vision = params.vision_embedding.size + params.vision_head.size
+    assert vision == 2 * 8448 * PRESETS[spec.preset][0]
+    assert num_params(params) - vision == published
 
-    def two_steps(mesh_spec: MeshSpec) -> tuple[list[float], Params]:
-        mesh = make_mesh(mesh_spec)
-        state = init_state(config, optimizer, mesh, seed=0)
-        step = make_train_step(config, optimizer, LossSpec(), mesh)
-        losses = []
-        for _ in range(2):
-            state, report = step(state, put_on_mesh(make_batch(rows), mesh))
-            losses.append(float(report.loss))
-        return losses, jax.tree.map(np.asarray, state.params)
 
-    losses, params = two_steps(MeshSpec())
-    for mesh_spec in MESHES if spec.name == "adamw" else MESHES[2:]:
-        other_losses, other_params = two_steps(mesh_spec)
-        np.testing.assert_allclose(other_losses, losses, rtol=2e-6, err_msg=str(mesh_spec))
-        for a, b in zip(jax.tree.leaves(other_params), jax.tree.leaves(params), strict=True):
-            # AdamW's first steps are sign-like: where a gradient is rounding noise, so is the update.
-            assert np.mean(np.abs(a - b) > 1e-4) < 2e-3, mesh_spec
+def test_the_7b_preset_has_the_parameters_of_the_releases_vision_model() -> None:
+    shapes = jax.eval_shape(lambda: init_params(ModelSpec(preset="7b").config(32_000), jax.random.key(0)))
+    assert num_params(shapes) == 6_807_621_632
+    tied = jax.eval_shape(lambda: init_params(ModelSpec(preset="7b", tie_heads=True).config(32_000), jax.random.key(0)))
+    assert num_params(shapes) - num_params(tied) == (32_000 + 8448) * 4096
+
+
+def test_a_tied_table_gets_the_gradients_of_both_its_uses() -> None:
+    config = ModelConfig(16, 24, 2, 2, 2, text_vocab_size=12, vision_vocab_size=14, tie_heads=True)
+    tied = init_params(config, jax.random.key(3))
+    assert tied.text_head is None and tied.vision_head is None
+    tables = {"text_head": tied.text_embedding.T, "vision_head": tied.vision_embedding.T}
+    untied = dataclasses.replace(tied, **tables)
+    rng = np.random.default_rng(3)
+    tokens, mask = rng.integers(0, 12, (2, 9)).astype(np.int32), rng.random((2, 9)) < 0.5
+    positions = np.broadcast_to(np.arange(9, dtype=np.int32), tokens.shape)
+    ones = np.ones_like(tokens)
+    batch: Any = Batch(tokens, mask, ones, positions, tokens, ~mask, ones.astype(np.float32))
+
+    def loss(params: Params) -> jax.Array:
+        hidden = forward(params, config, tokens, mask, ones, positions)
+        return loss_and_sums(hidden, *heads(params), batch)[0]
+
+    (value, both), (wanted, apart) = (jax.jit(jax.value_and_grad(loss))(params) for params in (tied, untied))
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    np.testing.assert_allclose(both.text_embedding, apart.text_embedding + apart.text_head.T, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        both.vision_embedding, apart.vision_embedding + apart.vision_head.T, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_angles_of_late_positions_are_those_of_float64() -> None:

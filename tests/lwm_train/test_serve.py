@@ -237,7 +237,7 @@ def test_eos_ends_an_answer_and_is_no_part_of_it(
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "invalid_value", "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "invalid_value", None),
         ({"messages": [{"role": "user", "content": "word " * 300}]}, 400, "context_length_exceeded", "messages"),
-        ({"max_completion_tokens": 60, "messages": [{"role": "user", "content": "word " * 70}]}, 400,
+        ({"max_completion_tokens": 60, "messages": [{"role": "user", "content": "word " * 150}]}, 400,
          "context_length_exceeded", "messages"),
         ({"top_p": 0.9}, 400, "unsupported", "top_p"),
         ({"n": 2}, 400, "unsupported", "n"),

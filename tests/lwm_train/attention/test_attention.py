@@ -1,10 +1,5 @@
-"""Every schedule, on 1 to 8 devices and in every order, against dense float64 attention written out in numpy.
+"""Every schedule, on 1 to 8 devices and in every order, against dense float64 attention written out in numpy."""
 
-The reference below builds its own mask and its own gradients and shares no code with the package:
-
-    P = softmax(Q K^T / sqrt(D) where seen)     dV = P^T dO     dS = P * (dO V^T - rowsum(dO * O))
-    O = P V                                     dQ = dS K / sqrt(D)     dK = dS^T Q / sqrt(D)
-"""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -18,48 +13,10 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh
 
 from lwm_train.attention import attention, token_order
+from tests.lwm_train.attention.dense import dense, packed_ids
 
 ROWS, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 2, 1168, 4, 2, 8  # 146 tokens on each of 8 devices: two uneven tiles
 ORDERS = ("contiguous", "zigzag", "striped", "dealt", "auto", "shuffled")
-
-
-def dense(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, segment: np.ndarray, position: np.ndarray, d_out: np.ndarray
-) -> tuple[np.ndarray, ...]:
-    """out, dq, dk, dv in float64, one row and one head at a time."""
-    out, dq, dk, dv = np.zeros_like(q), np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    scale = q.shape[-1] ** -0.5
-    for row in range(q.shape[0]):
-        seen = np.array(segment[row][:, None] == segment[row][None, :])
-        seen &= position[row][None, :] <= position[row][:, None]
-        seen &= segment[row][:, None] > 0
-        blind = ~seen.any(axis=1)
-        for head in range(q.shape[2]):
-            kv_head = head // (q.shape[2] // k.shape[2])
-            qh, kh, vh, doh = q[row, :, head], k[row, :, kv_head], v[row, :, kv_head], d_out[row, :, head]
-            score = np.where(seen, qh @ kh.T * scale, -np.inf)
-            score[blind] = 0
-            p = np.exp(score - score.max(axis=1, keepdims=True))
-            p /= p.sum(axis=1, keepdims=True)
-            p[blind] = 0
-            out[row, :, head] = p @ vh
-            ds = p * (doh @ vh.T - (doh * out[row, :, head]).sum(axis=1, keepdims=True))
-            dq[row, :, head] = ds @ kh * scale
-            dk[row, :, kv_head] += ds.T @ qh * scale
-            dv[row, :, kv_head] += p.T @ doh
-    return out, dq, dk, dv
-
-
-def pack(lengths: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Segments of the given lengths end to end, cut at `length`, then padding; segment and position ids [L]."""
-    segment = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(length)])[:length]
-    position = np.concatenate([np.arange(n) for n in lengths] + [np.zeros(length)])[:length]
-    return segment.astype(np.int32), position.astype(np.int32)
-
-
-def ids_of(rows: list[list[int]], length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
-    packed = [pack(lengths, length) for lengths in rows]
-    return np.stack([s for s, _ in packed]), np.stack([p for _, p in packed])
 
 
 def permutations(order: str, segment: np.ndarray, num_devices: int) -> np.ndarray:
@@ -120,7 +77,7 @@ def assert_equals_dense(
 @pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
 def test_ring_equals_dense_attention_in_every_order(num_devices: int) -> None:
     mesh = make_mesh(sp=num_devices)
-    segment, position = ids_of([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]])
+    segment, position = packed_ids([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]], LENGTH)
     assert_equals_dense(arrays(0), segment, position, mesh=mesh, orders=ORDERS)
 
 
@@ -135,7 +92,7 @@ def test_ring_equals_dense_attention_in_every_order(num_devices: int) -> None:
     ],
 )
 def test_rows_at_the_edges_equal_dense_attention(rows: list[list[int]]) -> None:
-    segment, position = ids_of(rows)
+    segment, position = packed_ids(rows, LENGTH)
     assert_equals_dense(arrays(1), segment, position, mesh=make_mesh(sp=4), orders=("contiguous", "dealt"))
 
 
@@ -149,13 +106,13 @@ def test_rows_at_the_edges_equal_dense_attention(rows: list[list[int]]) -> None:
 def test_random_packed_rows_equal_dense_attention(
     rows: list[list[int]], order: str, num_devices: int, seed: int
 ) -> None:
-    segment, position = ids_of(rows)
+    segment, position = packed_ids(rows, LENGTH)
     assert_equals_dense(arrays(seed), segment, position, mesh=make_mesh(sp=num_devices), orders=(order,))
 
 
 @pytest.mark.parametrize("schedule", ["allgather", "ulysses"])
 def test_other_schedules_equal_dense_attention(schedule: str) -> None:
-    segment, position = ids_of([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]])
+    segment, position = packed_ids([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]], LENGTH)
     mesh = make_mesh(sp=2, dp=2)
     assert_equals_dense(arrays(0), segment, position, mesh=mesh, schedule=schedule, orders=("contiguous", "dealt"))
 
@@ -163,19 +120,19 @@ def test_other_schedules_equal_dense_attention(schedule: str) -> None:
 @pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (6, 2), (4, 1)])
 def test_grouped_heads_and_odd_lengths_equal_dense_attention(heads: int, key_heads: int) -> None:
     length = 2 * 173
-    segment, position = ids_of([[173, 40], [99, 246]], length)
+    segment, position = packed_ids([[173, 40], [99, 246]], length)
     inputs = arrays(2, heads=heads, key_heads=key_heads, length=length)
     assert_equals_dense(inputs, segment, position, mesh=make_mesh(sp=2))
 
 
 def test_rows_and_heads_can_be_split_too() -> None:
-    segment, position = ids_of([[300, 600], [20, 30, 1000]])
+    segment, position = packed_ids([[300, 600], [20, 30, 1000]], LENGTH)
     for mesh in (make_mesh(fsdp=2, tp=2, sp=2), None):
         assert_equals_dense(arrays(3), segment, position, mesh=mesh)
 
 
 def test_bfloat16_stays_within_its_own_error() -> None:
-    segment, position = ids_of([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]])
+    segment, position = packed_ids([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]], LENGTH)
     exact = arrays(4)
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in exact]
     q, k, v, d_out = (np.asarray(x, np.float64) for x in rounded)
@@ -189,7 +146,7 @@ def test_bfloat16_stays_within_its_own_error() -> None:
 
 def test_works_under_scan_and_checkpoint_as_the_model_calls_it() -> None:
     mesh = make_mesh(sp=4)
-    segment, position = (jnp.asarray(x) for x in ids_of([[300, 600], [20, 30, 1000]]))
+    segment, position = (jnp.asarray(x) for x in packed_ids([[300, 600], [20, 30, 1000]], LENGTH))
     q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in arrays(5))
 
     def layers(q: jax.Array, remat: bool) -> jax.Array:
@@ -203,7 +160,7 @@ def test_works_under_scan_and_checkpoint_as_the_model_calls_it() -> None:
 
 
 def test_huge_scores_neither_overflow_nor_give_nan() -> None:
-    segment, position = ids_of([[300, 600], []])
+    segment, position = packed_ids([[300, 600], []], LENGTH)
     q, k, v, d_out = arrays(6)
     assert_equals_dense([q * 30, k * 30, v, d_out], segment, position, mesh=make_mesh(sp=2))
 

@@ -32,5 +32,5 @@ def run(num_processes: int, devices_each: int) -> str:
     return outputs[0].splitlines()[-1]
 
 
-def test_two_processes_give_the_bits_of_one() -> None:
-    assert run(2, 2) == run(1, 4)
+def test_two_and_four_processes_give_the_bits_of_one() -> None:
+    assert run(2, 2) == run(4, 1) == run(1, 4)

@@ -3,15 +3,15 @@
 import re
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lwm_train.attention import attention, dispatch, xla
-from lwm_train.attention.ring import last_needed_hop
+from lwm_train.attention import attention, dispatch, ring
+from lwm_train.attention.xla import XlaKernel
 
 AXES = ("dp", "fsdp", "tp", "sp")
 COLLECTIVE = re.compile(r"= \S+ (collective-permute|all-gather|all-reduce|all-to-all|reduce-scatter)(?:-start)?\(")
@@ -46,8 +46,9 @@ def test_collectives_are_exactly_those_of_the_schedule() -> None:
     # In the loop keys with values, and ids; before it the ranges of the tiles and the number of hops.
     assert forward == {"collective-permute": 2, "all-gather": 1, "all-reduce": 1}
     both = Counter(COLLECTIVE.findall(compile_step(4, 512, backward=True).as_text() or ""))
-    # Backward adds: to the first hop (2), in the loop (3), before the last block (1), home from hop 1, 2 or 3 (3).
-    assert both == {"collective-permute": 2 + 9, "all-gather": 1, "all-reduce": 1}
+    # Backward adds, where hop 1 is the last: there (2) and home (1); else to hops 1 and 2 (4), in the loop (3), before
+    # the last block (1), home from hop 2 or 3 (2). What is sent how often: the next test.
+    assert both == {"collective-permute": 2 + 3 + 10, "all-gather": 1, "all-reduce": 1}
 
 
 def test_memory_is_linear_in_the_local_chunk_and_not_in_the_row() -> None:
@@ -59,40 +60,53 @@ def test_memory_is_linear_in_the_local_chunk_and_not_in_the_row() -> None:
     assert max(temporary) < 1.1 * min(temporary)
 
 
-@pytest.mark.parametrize(
-    ("document", "last_hop"),
-    [(64, 0), (128, 1), (192, 2), (512, 7)],  # 8 devices hold 64 tokens each
-)
-def test_hops_that_no_device_needs_are_not_sent(document: int, last_hop: int) -> None:
-    segment = (np.arange(512) // document + 1).astype(np.int32)[None]
-    position = (np.arange(512) % document).astype(np.int32)[None]
-    spec = PartitionSpec(("dp", "fsdp"), "sp")
+@pytest.mark.parametrize(("document", "last_hop"), [(64, 0), (128, 1), (192, 2), (256, 3)])
+def test_each_pass_sends_one_block_a_hop_and_none_that_no_device_needs(
+    document: int, last_hop: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: Counter[str] = Counter()
+    send = ring._send
 
-    def count_hops(segment: jax.Array, position: jax.Array) -> jax.Array:
-        return last_needed_hop("sp", AXES, segment, position)[None]
+    def counted(tree: Any, axis: str, distance: int = 1) -> Any:
+        kind = "gradients" if isinstance(tree, jax.Array) else "block"
+        num_bytes = sum(x.nbytes for x in jax.tree.leaves(tree))
+        jax.debug.callback(lambda: sent.update({kind: 1, f"{kind} bytes": num_bytes}))
+        return send(tree, axis, distance)
 
-    count = jax.shard_map(
-        count_hops,
-        mesh=ring_mesh(8),
-        in_specs=(spec, spec),
-        out_specs=PartitionSpec("sp"),
-        check_vma=False,
+    monkeypatch.setattr(ring, "_send", counted)
+    num_devices, local, key_heads, head_dim = 4, 64, 2, 8
+    segment = jnp.arange(256, dtype=jnp.int32)[None] // document + 1
+    position = jnp.arange(256, dtype=jnp.int32)[None] % document
+    x = jnp.ones((1, 256, key_heads, head_dim), jnp.bfloat16)
+    attend = partial(attention, segment_ids_BL=segment, position_ids_BL=position, mesh=ring_mesh(num_devices))
+    out, pull_back = jax.vjp(jax.jit(attend), x, x, x)
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    block = local * (2 * key_heads * head_dim * 2 + 8)  # keys and values in bfloat16, two int32 for each token
+    assert sent == Counter({"block": num_devices * last_hop, "block bytes": num_devices * last_hop * block})
+    sent.clear()
+    jax.block_until_ready(pull_back(x))
+    jax.effects_barrier()
+    gradients = local * 2 * key_heads * head_dim * 4
+    assert sent == Counter(
+        {
+            "block": num_devices * last_hop,
+            "block bytes": num_devices * last_hop * block,
+            "gradients": num_devices * last_hop,
+            "gradients bytes": num_devices * last_hop * gradients,
+        }
     )
-    assert set(np.asarray(count(jnp.asarray(segment), jnp.asarray(position))).tolist()) == {last_hop}
 
 
 def test_only_needed_meetings_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     tally: list[int] = []
 
-    class Counting:
-        backward = staticmethod(xla.backward)
-
-        @staticmethod
-        def forward(*arguments):  # type: ignore[no-untyped-def]
+    class Counting(XlaKernel):
+        def forward(self, *arguments):  # type: ignore[no-untyped-def]
             jax.debug.callback(lambda: tally.append(1))
-            return xla.forward(*arguments)
+            return super().forward(*arguments)
 
-    monkeypatch.setitem(dispatch.KERNELS, "counting", Counting())
+    monkeypatch.setitem(dispatch.KERNELS, "counting", lambda platform: Counting(64))
     segment = jnp.asarray([[1] * 128 + [2] * 384], jnp.int32)  # devices 0 | 1, 2, 3
     position = jnp.arange(512, dtype=jnp.int32)[None]
     x = jnp.ones((1, 512, 2, 8))
