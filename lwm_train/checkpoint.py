@@ -77,19 +77,23 @@ class Checkpoints:
         if self._manager.latest_step() == step:
             return
         self._under_way = step
-        try:
-            self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata={"sums": state_sums(state)})
-        except Exception as error:
-            self._fail(error)
+        sums = state_sums(state)
+        with _quiet_futures():
+            try:
+                self._manager.save(step, args=ocp.args.StandardSave(state), custom_metadata={"sums": sums})
+            except Exception as error:
+                self._fail(error)
 
     def wait(self) -> None:
         """Return when no save is under way."""
-        try:
-            self._manager.wait_until_finished()
-            if self._under_way is not None:
+        if self._under_way is None:
+            return
+        with _quiet_futures():
+            try:
+                self._manager.wait_until_finished()
                 self._under_way = self._failed = None
-        except Exception as error:
-            self._fail(error)
+            except Exception as error:
+                self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._failed, self._under_way = self._under_way, None
@@ -131,7 +135,7 @@ class Checkpoints:
     def _restore(self, step: int, like: TrainState, damaged: dict[int, str]) -> TrainState | None:
         state: TrainState | None = None
         why = ""
-        with _quiet_reads():
+        with _quiet_futures():
             try:
                 self._check_shapes(step, like)
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(like))
@@ -201,7 +205,7 @@ def restore_params(run: str | Path, mesh: Mesh) -> tuple[Params, int]:
             partial_restore=True,
         )
         for step in reversed(steps):
-            with _quiet_reads():
+            with _quiet_futures():
                 try:
                     params: Params = manager.restore(step, args=args)["params"]
                     saved = (manager.metadata(step).custom_metadata or {}).get("sums")
@@ -229,8 +233,8 @@ def _differing(saved: dict[str, int], found: dict[str, int]) -> list[str]:
 
 
 @contextmanager
-def _quiet_reads() -> Iterator[None]:
-    """When one read of many fails, Orbax forgets the others, and Python would tell of each on stderr."""
+def _quiet_futures() -> Iterator[None]:
+    """When one of many reads or writes fails, Orbax forgets the others, and Python would tell of each on stderr."""
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         yield
@@ -240,8 +244,8 @@ def _quiet_reads() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:200]
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line if len(line) < 240 else f"{line[:80]} ... {line[-140:]}"
 
 
 def _manager(run: str | Path, **options: Any) -> ocp.CheckpointManager:

@@ -93,23 +93,24 @@ def _read(
     datasets: Sequence[Dataset], addresses: Sequence[RowAddress], stretches: Sequence[Stretch], length: int
 ) -> Batch:
     """The stretches of all rows, side by side; rows of one dataset are read all at once."""
+    ends = [(start, stop, min(stop + 1, length)) for start, stop in stretches]
     order: list[int] = []
     batches = []
     for number, dataset in enumerate(datasets):
         places = [place for place, address in enumerate(addresses) if address.dataset == number]
-        if not places:
-            continue
-        order += places
         rows = [addresses[place].row for place in places]
-        ends = [(start, stop, min(stop + 1, length)) for start, stop in stretches]
         for start, _, end in ends:
-            dataset.will_need(rows, start, end)  # a disk loads them side by side, not one after another
-        cut = []
-        for start, stop, end in ends:
-            arrays = dataset.read_batch(rows, start, end)
-            stretch = make_batch([row_of(arrays, i) for i in range(len(rows))])
-            cut.append(jax.tree.map(lambda a, size=stop - start: a[:, :size], stretch))
-        batches.append(cut[0] if len(cut) == 1 else jax.tree.map(lambda *a: np.concatenate(a, axis=1), *cut))
+            if rows:
+                dataset.will_need(rows, start, end)  # a disk loads them side by side, not one after another
+        # All stretches of a row in turn, since a shard remembers the run tables of one page.
+        for group in [rows] * bool(rows) if len(stretches) == 1 else [[row] for row in rows]:
+            cut = []
+            for start, stop, end in ends:
+                arrays = dataset.read_batch(group, start, end)
+                stretch = make_batch([row_of(arrays, i) for i in range(len(group))])
+                cut.append(jax.tree.map(lambda a, size=stop - start: a[:, :size], stretch))
+            batches.append(cut[0] if len(cut) == 1 else jax.tree.map(lambda *a: np.concatenate(a, axis=1), *cut))
+        order += places
     if len(batches) == 1:
         return batches[0]
     back = np.argsort(order)

@@ -111,14 +111,19 @@ def _count_shard(dataset: Dataset, shard: ShardInfo, number_of: dict[str, int], 
             coded = batch.column("source").dictionary_encode()
             sources = np.array([number_of[name] for name in coded.dictionary.to_pylist()], np.int64)
             sources = sources[coded.indices.to_numpy(zero_copy_only=False)]
-            np.add.at(used, rows, tokens)
-            found.append(np.unique(rows * num + sources))
+            if len(rows):
+                low = int(rows.min())
+                held = np.bincount(rows - low, weights=tokens).astype(np.int64)
+                used[low : low + len(held)] += held
+            found.append(_distinct(rows * num + sources))
             counts.examples += np.bincount(sources, minlength=num)
-            np.add.at(counts.mix[at], sources, tokens)
+            counts.mix[at] += np.bincount(sources, weights=tokens, minlength=num).astype(np.int64)
             # The weights of an example sum to 1, unless none of its tokens is trained.
-            np.add.at(counts.loss, sources, trained if is_by_token else (trained > 0).astype(np.int64))
+            loss = trained if is_by_token else trained > 0
+            counts.loss += np.bincount(sources, weights=loss, minlength=num).astype(np.int64)
             np.maximum.at(counts.longest, sources, tokens)
-            np.add.at(counts.lengths, (sources, log_bin(tokens)), 1)
+            bins = np.bincount(sources * LOG_BINS + log_bin(tokens), minlength=num * LOG_BINS)
+            counts.lengths += bins.reshape(num, LOG_BINS)
             if "key" in columns:
                 keys = batch.column("key")
                 for line in np.flatnonzero(pc.match_substring(keys, "@").to_numpy(zero_copy_only=False)).tolist():
@@ -132,9 +137,16 @@ def _count_shard(dataset: Dataset, shard: ShardInfo, number_of: dict[str, int], 
     counts.fills += np.bincount(np.minimum((fills * FILL_BINS).astype(np.int64), FILL_BINS - 1), minlength=FILL_BINS)
     counts.num_full += int((used == dataset.info.row_length).sum())
     counts.emptiest = min(counts.emptiest, float(fills.min()))
-    rows, sources = np.divmod(np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64), max(num, 1))
+    rows, sources = np.divmod(_distinct(np.concatenate(found)) if found else np.zeros(0, np.int64), max(num, 1))
     counts.rows += np.bincount(sources, minlength=num)
     np.add.at(counts.row_fills, sources, fills[rows])
+
+
+def _distinct(values: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " m"]:
+    """Each value once, ascending; np.unique hashes them, which takes twenty times as long on values like these."""
+    values.sort()
+    distinct: np.ndarray = values[np.diff(values, prepend=-1) != 0]
+    return distinct
 
 
 def _may_ask(info: DatasetInfo) -> bool:

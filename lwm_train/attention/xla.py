@@ -62,9 +62,7 @@ class XlaKernel:
         return _backward(q_BKGQD, k_BKSD, v_BKSD, tiles, d_out_BKGQD, lse_BKGQ, delta_BKGQ)
 
 
-def _forward(
-    q_BKGQD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, tiles: "_Tiles"
-) -> tuple[jax.Array, jax.Array]:
+def _forward(q_BKGQD: jax.Array, k_BKSD: jax.Array, v_BKSD: jax.Array, tiles: "_Tiles") -> tuple[jax.Array, jax.Array]:
     rows, key_heads, group, num_queries, head_dim = q_BKGQD.shape
     dtype = accumulation_dtype(q_BKGQD.dtype)
     q_BKGQD, k_BKSD, v_BKSD = tiles.pad_q(q_BKGQD, 3), tiles.pad_k(k_BKSD, 2), tiles.pad_k(v_BKSD, 2)

@@ -1,6 +1,5 @@
 """Every schedule, on 1 to 8 devices and in every order, against dense float64 attention written out in numpy."""
 
-
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 

@@ -60,10 +60,7 @@ def test_memory_is_linear_in_the_local_chunk_and_not_in_the_row() -> None:
     assert max(temporary) < 1.1 * min(temporary)
 
 
-@pytest.mark.parametrize(("document", "last_hop"), [(64, 0), (128, 1), (192, 2), (256, 3)])
-def test_each_pass_sends_one_block_a_hop_and_none_that_no_device_needs(
-    document: int, last_hop: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_pass_sends_one_block_a_hop_and_none_that_no_device_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: Counter[str] = Counter()
     send = ring._send
 
@@ -75,27 +72,32 @@ def test_each_pass_sends_one_block_a_hop_and_none_that_no_device_needs(
 
     monkeypatch.setattr(ring, "_send", counted)
     num_devices, local, key_heads, head_dim = 4, 64, 2, 8
-    segment = jnp.arange(256, dtype=jnp.int32)[None] // document + 1
-    position = jnp.arange(256, dtype=jnp.int32)[None] % document
+    block_bytes = local * (2 * key_heads * head_dim * 2 + 8)  # keys and values in bfloat16, two int32 for each token
     x = jnp.ones((1, 256, key_heads, head_dim), jnp.bfloat16)
-    attend = partial(attention, segment_ids_BL=segment, position_ids_BL=position, mesh=ring_mesh(num_devices))
-    out, pull_back = jax.vjp(jax.jit(attend), x, x, x)
-    jax.block_until_ready(out)
-    jax.effects_barrier()
-    block = local * (2 * key_heads * head_dim * 2 + 8)  # keys and values in bfloat16, two int32 for each token
-    assert sent == Counter({"block": num_devices * last_hop, "block bytes": num_devices * last_hop * block})
-    sent.clear()
-    jax.block_until_ready(pull_back(x))
-    jax.effects_barrier()
-    gradients = local * 2 * key_heads * head_dim * 4
-    assert sent == Counter(
-        {
-            "block": num_devices * last_hop,
-            "block bytes": num_devices * last_hop * block,
-            "gradients": num_devices * last_hop,
-            "gradients bytes": num_devices * last_hop * gradients,
-        }
-    )
+
+    @jax.jit
+    def forward(segment: jax.Array, position: jax.Array) -> jax.Array:
+        return attention(x, x, x, segment, position, mesh=ring_mesh(num_devices))
+
+    @jax.jit
+    def both(segment: jax.Array, position: jax.Array) -> jax.Array:
+        attend = partial(attention, segment_ids_BL=segment, position_ids_BL=position, mesh=ring_mesh(num_devices))
+        return jax.grad(lambda k: attend(x, k, x).astype(jnp.float32).sum())(x)
+
+    for document, last_hop in ((64, 0), (128, 1), (192, 2), (256, 3)):
+        token = jnp.arange(256, dtype=jnp.int32)[None]
+        sends = num_devices * last_hop
+        for passes, run in ((1, forward), (2, both)):
+            jax.block_until_ready(run(token // document + 1, token % document))
+            jax.effects_barrier()
+            blocks = {"block": passes * sends, "block bytes": passes * sends * block_bytes}
+            gradient_sends = (passes - 1) * sends
+            gradients = {
+                "gradients": gradient_sends,
+                "gradients bytes": gradient_sends * 8 * key_heads * head_dim * local,
+            }
+            assert sent == Counter(blocks | gradients), f"{document} tokens a document, {passes} passes"
+            sent.clear()
 
 
 def test_only_needed_meetings_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
