@@ -53,13 +53,14 @@ demo: setup
 	@echo "== 1/4 build: novels, chats, needles, photographs and clips to packed rows"
 	@for rows in short medium dataset heldout; do $(BIN)/lwm-data build manifests/demo/$$rows.yaml --workers 2 || exit; done
 	@$(BIN)/lwm-data check runs/demo/dataset
+	@$(BIN)/lwm-data report runs/demo/dataset --seed 83
 	@echo "== 2/4 train: three stages, the last with ring attention over 4 simulated devices"
 	@$(BIN)/lwm-train run manifests/demo/train.yaml
 	@echo "== 3/4 evaluate: held-out novels, needles, samples"
 	@$(BIN)/lwm-train eval manifests/demo/eval.yaml
 	@echo "== 4/4 report"
 	@$(BIN)/lwm-train report runs/demo/train-long --out runs/demo/report.html
-	@echo "Open runs/demo/report.html in a browser."
+	@echo "Open runs/demo/report.html (the run) and runs/demo/dataset-report.html (its data) in a browser."
 
 # One shell line per step: make stops at the first that fails.
 test: setup

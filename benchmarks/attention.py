@@ -12,9 +12,7 @@ this script gives back to jax.
 
 import argparse
 import os
-import sys
 import time
-import types
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -34,10 +32,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={max(OPTIONS.devices)}"
 
 import jax  # noqa: E402
-import jax.extend.backend  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from ringattention_peer import import_ringattention, peer  # noqa: E402
 
 from lwm_train.attention import attention, token_order  # noqa: E402
 from lwm_train.attention.balance import critical_path, hop_work  # noqa: E402
@@ -88,55 +85,6 @@ def ours(mesh: Mesh, q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Arra
 def dense(q: jax.Array, k: jax.Array, v: jax.Array, segment: jax.Array, position: jax.Array) -> jax.Array:
     seen = (segment[:, :, None] == segment[:, None, :]) & (position[:, None, :] <= position[:, :, None])
     return jax.nn.dot_product_attention(q, k, v, mask=seen[:, None])
-
-
-def import_ringattention() -> Callable[..., Any] | None:
-    """The peer's function; jax has dropped `jax.lib.xla_bridge`, which it asks for the platform when imported."""
-    bridge = types.ModuleType("jax.lib.xla_bridge")
-    bridge.get_backend = jax.extend.backend.get_backend  # type: ignore[attr-defined]
-    sys.modules.setdefault("jax.lib.xla_bridge", bridge)
-    jax.lib.xla_bridge = bridge  # type: ignore[attr-defined]
-    try:
-        from ringattention import ringattention  # type: ignore[import-not-found]
-    except ImportError as error:
-        print(f"PyPI ringattention is left out: {error}")
-        return None
-    return ringattention  # type: ignore[no-any-return]
-
-
-def peer(
-    function: Callable[..., Any],
-    mesh: Mesh,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment: jax.Array,
-    position: jax.Array,
-) -> jax.Array:
-    """`ringattention` takes causality by blocks of the row, so it gets the row in its own order."""
-    chunk = min(512, q.shape[1] // mesh.shape["sp"])
-    heads = PartitionSpec(("dp", "fsdp"), "sp", "tp", None)
-    whole_row = PartitionSpec(("dp", "fsdp"), None)  # it cuts the segment ids itself
-    blocks = {
-        "causal_block_size": 1,
-        "deterministic": True,
-        "dropout_rng": None,
-        "attn_pdrop": 0.0,
-        "query_chunk_size": chunk,
-        "key_chunk_size": chunk,
-        "dtype": q.dtype,
-        "policy": jax.checkpoint_policies.nothing_saveable,
-        "precision": None,
-        "prevent_cse": True,
-    }
-    specs = (heads, heads, heads, PartitionSpec(("dp", "fsdp"), None, None, None), whole_row)
-
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array, segment: jax.Array) -> jax.Array:
-        return function(q, k, v, bias, segment, None, "sp", True, blocks)  # type: ignore[no-any-return]
-
-    sharded = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    bias = jnp.zeros((q.shape[0], 1, 1, q.shape[1]), q.dtype)
-    return sharded(q, k, v, bias, segment)
 
 
 def least_seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -215,7 +215,12 @@ def restore_params(run: str | Path, mesh: Mesh) -> tuple[Params, int]:
                     why = f"{bad[0]}: not the numbers that were saved"
                 except Exception as error:
                     why = _first_line(error)
-            print(f"warning: {run}/checkpoints/{step}: a damaged checkpoint ({why})", file=sys.stderr, flush=True)
+            print(
+                f"warning: {run}/checkpoints/{step}: a damaged checkpoint ({why}); move it away and run the "
+                "manifest again to have it anew",
+                file=sys.stderr,
+                flush=True,
+            )
     raise ValueError(f"{run}: no checkpoint of it can be read; run its manifest again")
 
 
@@ -244,6 +249,8 @@ def _quiet_futures() -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:  # what Orbax says of it is less telling
+        error = error.__cause__
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
     return line if len(line) < 240 else f"{line[:80]} ... {line[-140:]}"
 

@@ -43,7 +43,7 @@ def run(
     num_processes: Annotated[int | None, typer.Option(min=1, help="How many processes the run has.")] = None,
     process_id: Annotated[int | None, typer.Option(min=0, help="Which of them this is, from 0.")] = None,
     distributed: Annotated[
-        bool, typer.Option("--distributed", help="Several processes, found by JAX: Slurm, JobSet, GKE, Cloud TPU.")
+        bool, typer.Option("--distributed", help="Several processes, found by JAX: Slurm, MPI, Cloud TPU.")
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -38,6 +38,8 @@ class ModelConfig:
     tie_heads: bool = False  # each head is its modality's embedding table, transposed
     remat: str = "block"  # which activations of a layer are kept for the backward pass: remat.py
     mlp_chunk: int = 8192  # tokens of a row on a device whose MLP is computed at a time: mlp.py
+    attention_schedule: str = "auto"  # who meets whom over sp, and what computes a meeting: attention/dispatch.py
+    attention_kernel: str = "auto"
 
     @property
     def head_dim(self) -> int:
@@ -59,6 +61,17 @@ PRESETS: Mapping[str, tuple[int, int, int, int, int]] = {
 }
 
 
+class AttentionSpec(ManifestModel):
+    """How attention is computed; it changes no result but its rounding."""
+
+    schedule: Literal["auto", "ring", "allgather", "ulysses"] = Field(
+        default="auto", description="who meets whom over sp"
+    )
+    kernel: Literal["auto", "xla", "splash"] = Field(
+        default="auto", description="what computes a meeting; auto is splash on TPU, xla elsewhere"
+    )
+
+
 class ModelSpec(ManifestModel):
     """A preset, and what the stage changes of it."""
 
@@ -68,8 +81,14 @@ class ModelSpec(ManifestModel):
     tie_heads: bool = Field(default=False, description="each head is its embedding table, transposed")
 
     def config(
-        self, text_vocab_size: int, dtype: str = "float32", remat: str = "block", mlp_chunk: int = 8192
+        self,
+        text_vocab_size: int,
+        dtype: str = "float32",
+        remat: str = "block",
+        mlp_chunk: int = 8192,
+        attention: AttentionSpec | None = None,
     ) -> ModelConfig:
+        attention = attention or AttentionSpec()
         return ModelConfig(
             *PRESETS[self.preset],
             text_vocab_size,
@@ -79,6 +98,8 @@ class ModelSpec(ManifestModel):
             tie_heads=self.tie_heads,
             remat=remat,
             mlp_chunk=mlp_chunk,
+            attention_schedule=attention.schedule,
+            attention_kernel=attention.kernel,
         )
 
 
@@ -193,6 +214,7 @@ class TrainManifest(ManifestModel):
     accumulate: Positive = Field(default=1, description="parts of a batch, one after the other; same gradient")
     steps: Positive
     mesh: MeshSpec = MeshSpec()
+    attention: AttentionSpec = AttentionSpec()
     order: Literal["contiguous", "zigzag", "striped", "dealt", "auto"] = Field(
         default="auto", description="order of a row's tokens over the ring"
     )

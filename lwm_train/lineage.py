@@ -23,6 +23,7 @@ from lwm_data.format.dataset import Dataset, open_dataset
 from lwm_train.evaluate.heldout import HeldoutLoss
 from lwm_train.evaluate.needle import NeedleAnswer, NeedleResult
 from lwm_train.evaluate.run import EVAL_FILE, run_key
+from lwm_train.goodput import goodput_share, read_sessions
 from lwm_train.metrics import METRICS
 from lwm_train.model import param_shapes
 from lwm_train.report import HeldoutPoint, ReportContent, Sample, StageFacts
@@ -46,6 +47,9 @@ def report_content(run: Path) -> ReportContent:
         datasets["held out"] = _datasets([{"path": result["heldout_dataset"]}], missing)
     facts = {"run": str(run), "device": contents[-1].get("device", "unknown")}
     facts |= contents[-1].get("versions", {})
+    if sessions := read_sessions(run):
+        starts = f" over {len(sessions)} starts" if len(sessions) > 1 else ""
+        facts |= {"goodput": f"{goodput_share(sessions):.0%} of the wall time{starts} was training"}
     if result:
         facts |= {"evaluated": f"{result['name']}, after step {result['step']:,}"}
     if missing:

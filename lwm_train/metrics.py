@@ -6,7 +6,7 @@
      "starvation": ..., "goodput": ..., "time": ...}
 
 vision_share: of the loss's weights, those on vision: loss = (1 - vision_share) text_loss + vision_share vision_loss.
-skipped: with `skip_nonfinite`, steps so far whose gradient was not finite; what is NaN in their lines is null.
+skipped: with `skip_nonfinite`, steps so far whose gradient was not finite; what is not finite in a line is null.
 spike: the loss is above median + 6 x 1.4826 x median deviation + 0.1 of the up to 100 lines before it, 20 at least.
 tokens: of the run so far, padding too. live_tokens, trained_tokens: of this step, without padding.
 seconds: of this step alone; a start's first one compiles it. mfu: null where the devices' peak is not known (flops.py).
@@ -123,7 +123,7 @@ class MetricsLog:
         limit = self._manifest.optimizer.skip_nonfinite
         if limit is not None:
             line["skipped"] = skipped
-        line = {key: None if value != value else value for key, value in line.items()}  # NaN is not JSON
+        line = {key: finite(value) if isinstance(value, float) else value for key, value in line.items()}
         if heldout is not None:
             line["heldout"] = heldout
         if self._file is not None:
@@ -156,6 +156,11 @@ def is_spike(loss: float, before: deque[float]) -> bool:
     usual = statistics.median(before)
     deviation = 1.4826 * statistics.median(abs(x - usual) for x in before)
     return loss > usual + SPIKE_DEVIATIONS * deviation + SPIKE_NATS
+
+
+def finite(value: float) -> float | None:
+    """The value; None, as JSON has no other word for it, where it is NaN or infinite."""
+    return value if math.isfinite(value) else None
 
 
 def vision_share(text: float, vision: float, shares: Shares | None) -> float | None:

@@ -152,7 +152,8 @@ def forward(
     def block(x_BLD: jax.Array, layer: Layer) -> tuple[jax.Array, None]:
         layer = jax.tree.map(lambda w: w.astype(dtype), layer)
         q, k, v = project_qkv(layer, config, x_BLD, rotation)
-        out_BLHE = attention(q, k, v, segment_ids_BL, position_ids_BL, mesh=mesh)
+        how = {"schedule": config.attention_schedule, "kernel": config.attention_kernel}
+        out_BLHE = attention(q, k, v, segment_ids_BL, position_ids_BL, mesh=mesh, **how)
         x_BLD = finish_block(layer, config, x_BLD, out_BLHE, config.mlp_chunk, mesh)
         return constrain(x_BLD, mesh, "batch", "length", None), None
 

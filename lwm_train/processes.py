@@ -25,7 +25,7 @@ def join_processes(
 ) -> None:
     """Become one of the run's processes; must run before the first use of a device.
 
-    Without arguments JAX finds them by itself, under Slurm, Open MPI, Kubernetes (JobSet), GKE and on Cloud TPU.
+    Without arguments JAX finds them by itself, under Slurm, Open MPI and on Cloud TPU.
     ValueError where only some of the three are given.
     """
     given = (coordinator, num_processes, process_id)

@@ -6,15 +6,18 @@ checkpoint at or before N - 1  -->  steps up to N  -->  its loss beside the logg
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lwm_data.format.dataset import Dataset
 from lwm_data.terminal import Progress
 from lwm_train.checkpoint import Checkpoints
 from lwm_train.config import TrainManifest
 from lwm_train.mesh import request_devices
-from lwm_train.metrics import logged_steps
+from lwm_train.metrics import finite, logged_steps
+from lwm_train.row_reader import RowAddress
 from lwm_train.row_sources import places_of
 from lwm_train.run_file import read_run_file
 from lwm_train.stage import open_stage
@@ -26,7 +29,7 @@ def replay_step(run: Path, step: int) -> dict[str, Any]:
     {"step", "loss", "logged_loss", "grad_norm", "logged_grad_norm", "equal", "from_checkpoint",
      "rows": [{"dataset", "row", "shard", "row_in_shard", "examples": [...]}]}
 
-    logged_*: None where metrics.jsonl has no such line; equal: bit for bit, of both numbers.
+    logged_*: None where metrics.jsonl has no such line. loss, grad_norm: None where not finite. equal: bit for bit.
     ValueError where there is no such run or step, or its datasets changed.
     """
     content = read_run_file(run)
@@ -53,19 +56,19 @@ def replay_step(run: Path, step: int) -> dict[str, Any]:
             progress.advance(1)
     assert report is not None
     logged = {line["step"]: line for line in logged_steps(run)}.get(step, {})
-    now = {"loss": float(report.loss), "grad_norm": float(report.grad_norm)}
+    now = {"loss": finite(float(report.loss)), "grad_norm": finite(float(report.grad_norm))}
     then = {f"logged_{key}": logged.get(key) for key in now}
     return {
         "step": step,
         **now,
         **then,
-        "equal": all(value == then[f"logged_{key}"] for key, value in now.items()),
+        "equal": bool(logged) and all(value == then[f"logged_{key}"] for key, value in now.items()),
         "from_checkpoint": begin,
         "rows": _rows(stage.datasets, loader.rows(step - 1)),
     }
 
 
-def _rows(datasets: Any, addresses: Any) -> list[dict[str, Any]]:
+def _rows(datasets: Sequence[Dataset], addresses: Sequence[RowAddress]) -> list[dict[str, Any]]:
     rows = []
     for number, dataset in enumerate(datasets):
         wanted = [address.row for address in addresses if address.dataset == number]
@@ -76,8 +79,7 @@ def _rows(datasets: Any, addresses: Any) -> list[dict[str, Any]]:
 
 def summary(result: dict[str, Any]) -> str:
     """The result as a person reads it."""
-    then = result["logged_loss"]
-    told = "the log has no such step" if then is None else "equal" if result["equal"] else f"logged {then!r}: DIFFERENT"
+    told = "equal to the log" if result["equal"] else f"DIFFERENT, or not in the log: {result['logged_loss']!r}"
     lines = [f"step {result['step']}: loss {result['loss']!r}, {told} (from checkpoint {result['from_checkpoint']})"]
     for row in result["rows"]:
         lines.append(f"  {row['dataset']} row {row['row']}: {row['shard']} row {row['row_in_shard']}")

@@ -73,6 +73,9 @@ def loss_chart(
         lines.append(("weighted loss, which is minimised", "second", _smooth(metrics, "loss")))
     if vision:
         lines.append(("vision loss per code", "third", _smooth(metrics, "vision_loss")))
+    measured = [(step["x"], step["heldout"].get("text_loss")) for step in metrics if step.get("heldout")]
+    if heldout := [(x, float(loss)) for x, loss in measured if loss is not None]:
+        lines.append(("held-out text, while training", "heldout", heldout))
     return _chart(metrics, lines, marks, [(loss, f"{name} {loss:.3f}") for name, loss in levels], 7)
 
 

@@ -85,7 +85,7 @@ def open_stage(manifest: TrainManifest) -> Stage:
     datasets = [open_dataset(spec.dataset) for spec in manifest.data]
     tokenizer = _shared_tokenizer(manifest, datasets)
     dtype = {"fp32": "float32", "bf16": "bfloat16"}[manifest.precision]
-    config = manifest.model.config(tokenizer.vocab_size, dtype, manifest.remat, manifest.mlp_chunk)
+    config = manifest.model.config(tokenizer.vocab_size, dtype, manifest.remat, manifest.mlp_chunk, manifest.attention)
     return Stage(manifest, datasets, tokenizer, config, run_content(manifest, datasets, config))
 
 

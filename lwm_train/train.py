@@ -76,7 +76,9 @@ def _train_stage(manifest: TrainManifest, allow: Sequence[str], asked: list[str]
     with _memory_explained(manifest), Checkpoints(stage.run, manifest.checkpoint) as checkpoints:
         newest = checkpoints.latest_step()
         if newest is not None and newest > manifest.steps:
-            raise ValueError(f"steps: got {manifest.steps}; {stage.run} has done {newest} already; wanted that or more")
+            raise ValueError(
+                f"steps: got {manifest.steps}; {stage.run} has done {newest} already; wanted {newest} or more"
+            )
         if newest == manifest.steps:
             return StageResult(stage.run, newest, None, None, 0.0)
         goodput = Goodput(stage.run, is_first())
@@ -96,6 +98,8 @@ def _train_stage(manifest: TrainManifest, allow: Sequence[str], asked: list[str]
         loader = stage.loader()
         log = MetricsLog(manifest, stage.config, mesh, stage.run, stage.row_length)
         step = done
+        if profile is not None:
+            profile = range(max(profile.start, done + 1), min(profile.stop, manifest.steps + 1))
         with (
             log,
             Progress(f"train {manifest.name}", manifest.steps - done, "steps") as progress,
@@ -119,7 +123,10 @@ def _train_stage(manifest: TrainManifest, allow: Sequence[str], asked: list[str]
                 if step % manifest.checkpoint.every == 0 or step == manifest.steps or stop:
                     checkpoints.save(step, state)
                     goodput.lap("save")
+                    watchdog.beat()
                 if stop:
+                    if profile and step in profile[:-1]:
+                        jax.profiler.stop_trace()
                     asked = asked or ["SIGTERM"]  # another process heard it
                     break
             checkpoints.wait()

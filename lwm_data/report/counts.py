@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Int64
 
-from lwm_data.folder import open_folder
 from lwm_data.format.dataset import Dataset, DatasetInfo, ShardInfo
 from lwm_data.report.charts import FILL_BINS, LOG_BINS, log_bin
 from lwm_data.sources.qa import asked_of
@@ -100,7 +100,7 @@ def _count_shard(dataset: Dataset, shard: ShardInfo, number_of: dict[str, int], 
     used = np.zeros(shard.num_rows, np.int64)  # tokens of each row
     found: list[np.ndarray] = []  # row * sources + source, of what is in which row
     columns = [*COLUMNS, "key"] if _may_ask(dataset.info) else COLUMNS
-    with open_folder(dataset.url).open(examples_name(shard.name)) as file:
+    with fsspec.open(f"{dataset.url}/{examples_name(shard.name)}", "rb") as file:
         for batch in pq.ParquetFile(file).iter_batches(BATCH, columns=columns):
             rows, tokens, trained = (
                 batch.column(name).to_numpy(zero_copy_only=False).astype(np.int64)

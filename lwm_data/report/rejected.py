@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lwm_data.folder import open_folder
 from lwm_data.report.page_text import shown
 from lwm_data.sources.files import InputFile
 from lwm_data.sources.json_lines import JsonLine, read_json_lines
+from lwm_data.sources.record import Rejection
 from lwm_data.work_folder import REJECTED
 
 PER_REASON = 20
@@ -42,11 +44,9 @@ class RejectedList:
 def read_rejected(url: str) -> RejectedList:
     """The first PER_REASON records of each source and reason; none where there is no such file."""
     records: list[RejectedRecord] = []
-    if REJECTED not in open_folder(url).names():
-        return RejectedList(records, 0, False)
     seen: Counter[tuple[str, str]] = Counter()
     num_read = 0
-    for line in read_json_lines(InputFile(f"{url}/{REJECTED}", REJECTED)):
+    for line in _lines(f"{url}/{REJECTED}"):
         if num_read >= LINES:
             return RejectedList(records, num_read, True)
         num_read += 1
@@ -60,3 +60,8 @@ def read_rejected(url: str) -> RejectedList:
         if seen[record.source, record.reason] <= PER_REASON and len(records) < LISTED:
             records.append(record)
     return RejectedList(records, num_read, False)
+
+
+def _lines(path: str) -> Iterator[JsonLine | Rejection]:
+    with contextlib.suppress(FileNotFoundError):  # it need not be there
+        yield from read_json_lines(InputFile(path, REJECTED))

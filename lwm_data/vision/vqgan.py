@@ -113,7 +113,9 @@ class VisionTokenizer:
         self.model = model.to(self.device).eval()
         nn.Module.to(model, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if spec.dtype == "bf16":
-            halve_branches(model)
+            halve_branches(model.encoder)
+            for part in (model.post_quant_conv, model.decoder):  # no codes hang on these
+                nn.Module.to(part, torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def encode(self, pixels: UInt8[np.ndarray, "n 256 256 3"]) -> Int32[np.ndarray, "n 256"]:
         """Codes of `pixels`. ValueError for another shape or dtype."""
@@ -142,7 +144,7 @@ class VisionTokenizer:
     def _decode(self, codes: Tensor) -> Tensor:
         grid = self.spec.config.grid
         vectors_BEHW = self.model.quantize.embedding(codes.reshape(-1, grid, grid)).permute(0, 3, 1, 2)
-        outputs = self.model.pixels(vectors_BEHW)
+        outputs = self.model.pixels(vectors_BEHW.to(self.model.post_quant_conv.weight.dtype)).float()
         return ((outputs.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).permute(0, 2, 3, 1)
 
     def _in_batches(self, compute: Callable[[Tensor], Tensor], inputs: np.ndarray, outputs: np.ndarray) -> None:

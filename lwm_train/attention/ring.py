@@ -31,18 +31,25 @@ T = TypeVar("T")
 
 
 class _Block(NamedTuple):
-    """What travels: one device's keys and values, and the segments and positions of their tokens; two sends."""
+    """What travels: one device's keys and values, and the segments and positions of their tokens; three sends."""
 
-    stacked_2BKSD: jax.Array
+    k_BKSD: jax.Array
+    v_BKSD: jax.Array
     ids_2BS: jax.Array
-
-    @property
-    def keys_values(self) -> tuple[jax.Array, jax.Array]:
-        return self.stacked_2BKSD[0], self.stacked_2BKSD[1]
 
     @property
     def ids(self) -> TokenIds:
         return TokenIds(self.ids_2BS[0], self.ids_2BS[1])
+
+
+class _Gradients(NamedTuple):
+    """What comes home: the sums for one block's keys and values, in the accumulation dtype; two sends."""
+
+    k_BKSD: jax.Array
+    v_BKSD: jax.Array
+
+    def plus(self, more: "_Gradients") -> "_Gradients":
+        return _Gradients(self.k_BKSD + more.k_BKSD, self.v_BKSD + more.v_BKSD)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -80,7 +87,7 @@ def _forward(
         block, out, lse = state
 
         def meet(out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return merge(out, lse, *kernel.forward(q, *block.keys_values, ids, block.ids))
+            return merge(out, lse, *kernel.forward(q, block.k_BKSD, block.v_BKSD, ids, block.ids))
 
         return lax.cond(needed[hop], meet, lambda out, lse: (out, lse), out, lse)
 
@@ -102,14 +109,15 @@ def _backward(
     ids = TokenIds(segment, position)
     dtype = accumulation_dtype(q.dtype)
     delta = jnp.sum(out.astype(dtype) * d_out.astype(dtype), axis=-1)
-    State = tuple[_Block, jax.Array, jax.Array]
+    Shares = tuple[jax.Array, _Gradients]
+    State = tuple[_Block, jax.Array, _Gradients]
 
-    def compute(hop: jax.Array, block: _Block, dq: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """dq with this meeting's share added, and the share of the block's gradients, [2, B, K, S, D]."""
+    def compute(hop: jax.Array, block: _Block, dq: jax.Array) -> Shares:
+        """dq with this meeting's share added, and the share of the block's gradients."""
 
-        def meet(dq: jax.Array) -> tuple[jax.Array, jax.Array]:
-            more, dk, dv = kernel.backward(q, *block.keys_values, ids, block.ids, d_out, lse, delta)
-            return dq + more, jnp.stack([dk, dv])
+        def meet(dq: jax.Array) -> Shares:
+            more, dk, dv = kernel.backward(q, block.k_BKSD, block.v_BKSD, ids, block.ids, d_out, lse, delta)
+            return dq + more, _Gradients(dk, dv)
 
         return lax.cond(needed[hop], meet, lambda dq: (dq, nothing), dq)
 
@@ -117,17 +125,17 @@ def _backward(
         block, dq, d_block = state
         onward, arrived = _send(block, axis), _send(d_block, axis)
         dq, share = compute(hop, block, dq)  # needs neither, so both are under way meanwhile
-        return onward, dq, arrived + share
+        return onward, dq, arrived.plus(share)
 
-    def no_other(dq: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def no_other(dq: jax.Array) -> Shares:
         return dq, nothing
 
-    def next_device(dq: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def next_device(dq: jax.Array) -> Shares:
         """Hop 1 is the last."""
         dq, d_block = compute(last_hop, _send(own, axis), dq)
         return dq, _send(d_block, axis, -1)
 
-    def further(dq: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def further(dq: jax.Array) -> Shares:
         """Hops 1 to last_hop; dq, and the gradients of the own block as they come home."""
         block = _send(own, axis)
         onward = _send(block, axis)  # nothing has come with the first block yet
@@ -135,14 +143,14 @@ def _backward(
         block, dq, d_block = lax.fori_loop(jnp.int32(2), last_hop, one_hop, state)
         arrived = _send(d_block, axis)
         dq, share = compute(last_hop, block, dq)
-        return dq, _send_home(arrived + share, last_hop, axis)
+        return dq, _send_home(arrived.plus(share), last_hop, axis)
 
     own = _own_block(k, v, ids)
-    nothing = jnp.zeros((2, *k.shape), dtype)
+    nothing = _Gradients(jnp.zeros(k.shape, dtype), jnp.zeros(k.shape, dtype))
     ways = [no_other, next_device, further][: lax.axis_size(axis)]
     dq, d_block = lax.switch(jnp.minimum(last_hop, len(ways) - 1), ways, jnp.zeros(q.shape, dtype))
     dq, share = compute(jnp.int32(0), own, dq)
-    dk, dv = d_block + share
+    dk, dv = d_block.plus(share)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
@@ -150,7 +158,7 @@ ring_local.defvjp(_forward, _backward)
 
 
 def _own_block(k: jax.Array, v: jax.Array, ids: TokenIds) -> _Block:
-    return _Block(jnp.stack([k, v]), jnp.stack(ids))
+    return _Block(k, v, jnp.stack(ids))
 
 
 def _needed_hops(axis: str, tile: int, ids: TokenIds) -> jax.Array:

@@ -20,6 +20,7 @@ Legend: B rows, H = K * G query heads, Q queries, S keys, D head size, I and J t
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
-from lwm_train.attention.block import DEAD_LSE, TokenIds, accumulation_dtype
+from lwm_train.attention.block import DEAD_LSE, TokenIds
 from lwm_train.attention.mask import live_tiles, pad_ids, tile_ranges
 
 _TILE = 128  # lanes of a register, and the chunk that `token_order` deals
@@ -72,9 +73,8 @@ class SplashKernel:
 
     def _forward_row(self, arrays: tuple[jax.Array, ...], row: "_Row") -> tuple[jax.Array, jax.Array]:
         q_KGQD, k_KSD, v_KSD = arrays
-        mask = MaskInfo(row.next_keys_1IJ, None, row.live_1IJ, None, row.last_key_Q)
         kernel = splash.SplashAttentionKernel(
-            mask,
+            row.mask(row.next_keys_1IJ),
             None,
             None,
             block_sizes=splash.BlockSizes(row.q_tile, row.k_tile),
@@ -104,7 +104,7 @@ class SplashKernel:
             row.take_q(delta_KGQ),
         )
         layout = splash.QKVLayout.HEAD_DIM_MINOR
-        run = {
+        run: dict[str, Any] = {
             "bq": row.q_tile,
             "bkv": row.k_tile,
             "is_mqa": False,
@@ -117,11 +117,13 @@ class SplashKernel:
             "interpret": self.interpret,
         }
         # Its public derivative takes the log-sum-exp of this meeting; a ring has that of the whole row.
-        mask = MaskInfo(row.next_keys_1IJ, None, row.live_1IJ, None, row.last_key_Q)
-        dq_HQD = splash._splash_attention_bwd_dq(*operands, mask_info=mask, **run)
-        mask = MaskInfo(row.next_queries_1IJ, None, row.live_1IJ, None, row.last_key_Q)
+        dq_HQD = splash._splash_attention_bwd_dq(*operands, mask_info=row.mask(row.next_keys_1IJ), **run)
         _, dk_KSD, dv_KSD = splash._splash_attention_bwd_dkv(
-            *operands, mask_info=mask, bkv_compute=row.k_tile, use_fused_bwd_kernel=False, **run
+            *operands,
+            mask_info=row.mask(row.next_queries_1IJ),
+            bkv_compute=row.k_tile,
+            use_fused_bwd_kernel=False,
+            **run,
         )
         dq_HQD = dq_HQD.astype(jnp.float32) * _scale(q_KGQD)
         return row.put_q(dq_HQD, q_KGQD.shape), row.put_k(dk_KSD), row.put_k(dv_KSD)
@@ -136,7 +138,11 @@ class SplashKernel:
             arrays, q_ids, k_ids = row
             return function(arrays, _Row(q_ids, k_ids, q_tile, k_tile))
 
-        return lax.map(one_row, (arrays, q_ids, k_ids))
+        rows = (arrays, q_ids, k_ids)
+        if arrays[0].shape[0] > 1:
+            return lax.map(one_row, rows)
+        only = one_row(jax.tree.map(lambda x: x[0], rows))  # type: ignore[no-untyped-call]
+        return jax.tree.map(lambda x: x[None], only)
 
 
 def _not_later(last_key: jax.Array, key: jax.Array) -> jax.Array:
@@ -175,6 +181,9 @@ class _Row:
         self.segments = splash.SegmentIds(
             q=jnp.where(q_segment_Q == 0, _NO_QUERY, q_segment_Q), kv=jnp.where(k_segment_S == 0, _NO_KEY, k_segment_S)
         )
+
+    def mask(self, next_tiles_1IJ: jax.Array) -> MaskInfo:
+        return MaskInfo(next_tiles_1IJ, None, self.live_1IJ, None, self.last_key_Q)  # type: ignore[arg-type]
 
     def take_q(self, x_KGQ: jax.Array) -> jax.Array:
         """[K, G, Q, ...] -> [H, padded Q, ...]."""

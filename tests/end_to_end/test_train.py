@@ -62,46 +62,9 @@ def start(*args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def params_of(run: Path) -> list[np.ndarray]:
-    params, step = restore_params(run, make_mesh(MeshSpec(), jax.devices()[:1]))
-    assert step == STEPS
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
-
-
 def steps_logged(run: Path) -> list[int]:
     path = run / "metrics.jsonl"
     return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def test_a_killed_run_resumed_has_the_parameters_of_an_undisturbed_one_bit_for_bit(
-    train_manifest: Callable[..., Path],
-) -> None:
-    manifest = train_manifest()
-    straight = start("run", manifest, "--set", "out=straight")
-    _, errors = straight.communicate(timeout=200)
-    assert straight.returncode == 0, errors
-    run = manifest.parent / "run"
-    # SIGKILL once while steps run past a checkpoint, then SIGTERM, then to the end.
-    for number, after in ((signal.SIGKILL, 7), (signal.SIGTERM, 12)):
-        process = start("run", manifest)
-        deadline = time.monotonic() + 150
-        while len(steps_logged(run)) < after and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(number)
-        _, errors = process.communicate(timeout=100)
-        assert process.returncode == (0 if number == signal.SIGTERM else -signal.SIGKILL), errors
-        assert steps_logged(run)[-1] < STEPS, "the signal came too late to test anything"
-    last = start("run", manifest)
-    _, errors = last.communicate(timeout=200)
-    assert last.returncode == 0, errors
-    assert steps_logged(run) == list(range(1, STEPS + 1))
-    for a, b in zip(params_of(run), params_of(manifest.parent / "straight"), strict=True):
-        np.testing.assert_array_equal(a, b)
-    losses = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (run, manifest.parent / "straight")
-    ]
-    assert losses[0] == losses[1]
 
 
 def test_ctrl_c_saves_and_exits_130(train_manifest: Callable[..., Path]) -> None:

@@ -52,7 +52,7 @@ def test_filtered_rows_do_not_pile_up_behind_a_picture(tmp_path: Path, monkeypat
             else:
                 yield Rejection(str(number), "filtered: where", "")
 
-    results = []
+    results: list[Coded | Rejection] = []
     with DecodePool(1) as pool:
         for result in encode_items(SOURCE, items(), pool, tokenizer, [CodeFile(tmp_path / "known.arrow")]):
             assert num_read - len(results) <= 40

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from lwm_data import vision_training
+from lwm_data.sources.images import PICTURE
 from lwm_data.vision_training import read_training_frames
 from tests.tiny_vision import gradients
 
@@ -30,7 +31,7 @@ def test_a_file_that_is_too_large_is_counted_and_not_cut(tmp_path: Path, monkeyp
     small, large = _picture(gradients(1)[0], "PNG"), _picture(BLACK, "BMP")
     limit = len(small)
     assert len(large) > limit
-    kind = dataclasses.replace(vision_training.PICTURE, max_bytes=limit)
+    kind = dataclasses.replace(PICTURE, max_bytes=limit)
     monkeypatch.setattr(vision_training, "PICTURE", kind)
     (tmp_path / "a.png").write_bytes(small)
     (tmp_path / "b.bmp").write_bytes(large)

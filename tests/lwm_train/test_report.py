@@ -152,7 +152,8 @@ def test_every_number_is_on_the_page(page: str, content: ReportContent, dataset:
     info = dataset.info
     wanted += [f"{n:,}" for n in (info.num_rows, info.row_length, info.num_tokens, info.num_trained)]
     wanted += [info.fingerprint[:12], info.tokenizer_fingerprint[:12], info.build_fingerprint[:12]]
-    wanted += [f"{n:,}" for n in info.sources["made"].model_dump().values()]
+    made = info.sources["made"].model_dump(exclude={"reasons"})
+    wanted += [f"{n:,}" for n in made.values()]
     wanted += ["wanted 1002560", "wanted 1002561"]
     assert [number for number in wanted if number not in words] == []
 
@@ -228,7 +229,9 @@ def test_a_drawn_row_is_the_row(dataset: Dataset, demo_tokenizer: TextTokenizer)
         trained = arrays["loss_weights"] > 0
         assert drawn.num_trained == trained.sum() and drawn.num_padding == (arrays["segment_ids"] == 0).sum()
         assert sum(block.width for block in drawn.blocks) == pytest.approx(100, abs=0.02)
-        assert sum(b.width for b in drawn.blocks if b.is_trained) == pytest.approx(100 * trained.mean(), abs=0.02)
+        firsts = len(np.unique(arrays["segment_ids"])) / len(trained)  # drawn with their run, though they weigh 0
+        drawn_trained = sum(b.width for b in drawn.blocks if b.is_trained)
+        assert 100 * trained.mean() - 0.02 <= drawn_trained <= 100 * (trained.mean() + firsts) + 0.02
         assert sum(b.width for b in drawn.blocks if b.is_vision) == pytest.approx(
             100 * arrays["vision_mask"].mean(), abs=0.02
         )

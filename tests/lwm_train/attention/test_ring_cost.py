@@ -43,12 +43,12 @@ def _swap(function, ids, *qkv):  # type: ignore[no-untyped-def]
 
 def test_collectives_are_exactly_those_of_the_schedule() -> None:
     forward = Counter(COLLECTIVE.findall(compile_step(4, 512, backward=False).as_text() or ""))
-    # In the loop keys with values, and ids; before it the ranges of the tiles and the number of hops.
-    assert forward == {"collective-permute": 2, "all-gather": 1, "all-reduce": 1}
+    # In the loop keys, values and ids; before it the ranges of the tiles and the number of hops.
+    assert forward == {"collective-permute": 3, "all-gather": 1, "all-reduce": 1}
     both = Counter(COLLECTIVE.findall(compile_step(4, 512, backward=True).as_text() or ""))
-    # Backward adds, where hop 1 is the last: there (2) and home (1); else to hops 1 and 2 (4), in the loop (3), before
-    # the last block (1), home from hop 2 or 3 (2). What is sent how often: the next test.
-    assert both == {"collective-permute": 2 + 3 + 10, "all-gather": 1, "all-reduce": 1}
+    # Backward adds, where hop 1 is the last: there (3) and home (2); else to hops 1 and 2 (6), in the loop (5), before
+    # the last block (2), home from hop 2 or 3 (4). What is sent how often: the next test.
+    assert both == {"collective-permute": 3 + 5 + 17, "all-gather": 1, "all-reduce": 1}
 
 
 def test_memory_is_linear_in_the_local_chunk_and_not_in_the_row() -> None:
@@ -65,7 +65,7 @@ def test_each_pass_sends_one_block_a_hop_and_none_that_no_device_needs(monkeypat
     send = ring._send
 
     def counted(tree: Any, axis: str, distance: int = 1) -> Any:
-        kind = "gradients" if isinstance(tree, jax.Array) else "block"
+        kind = "block" if isinstance(tree, ring._Block) else "gradients"
         num_bytes = sum(x.nbytes for x in jax.tree.leaves(tree))
         jax.debug.callback(lambda: sent.update({kind: 1, f"{kind} bytes": num_bytes}))
         return send(tree, axis, distance)
