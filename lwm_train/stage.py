@@ -124,9 +124,8 @@ def _params_of(init: InitFromRun, config: ModelConfig, content: dict[str, Any], 
             f"init: {init.run}: its model was trained with tokenizer {before['tokenizer_fingerprint'][:12]}, the data "
             f"are built with {content['tokenizer_fingerprint'][:12]}; build them with the model's tokenizer"
         )
-    sizes = {
-        key: value for key, value in asdict(config).items() if key not in ("rope_theta", "dtype", "remat", "mlp_chunk")
-    }
+    not_the_model = ("rope_theta", "dtype", "remat", "mlp_chunk", "attention_schedule", "attention_kernel")
+    sizes = {key: value for key, value in asdict(config).items() if key not in not_the_model}
     changes = [
         f"{key}: was {before['model'].get(key)}, is {value}"
         for key, value in sizes.items()

@@ -65,7 +65,8 @@ class ResnetBlock(taming.ResnetBlock):  # type: ignore[misc]  # taming has no ty
     def forward(self, x: Tensor, temb: None) -> Tensor:
         in_place = not torch.is_grad_enabled()
         dtype = self.conv1.weight.dtype
-        if dtype != x.dtype and in_place and x.device.type == "cpu":
+        is_halved = dtype == torch.bfloat16 and x.dtype == torch.float32  # under autocast it is the other way round
+        if is_halved and in_place and x.device.type == "cpu":
             return self._strip_by_strip(x)
         h = self.conv1(silu(self.norm1(x.to(dtype)), in_place))
         h = self.conv2(silu(self.norm2(h), in_place))

@@ -100,7 +100,7 @@ def test_wrong_manifests_are_told_by_file_line_key_got_and_wanted(
         ("stepps=3", r"stepps: unknown key; wanted one of: .*steps.*did you mean `steps`"),
         ("optimizer.lrr=1", r"optimizer\.lrr: unknown key; .*did you mean `lr`"),
         ("steps=0", r"steps: got 0; wanted greater than or equal to 1"),
-        ("model.preset=8b", r"model\.preset: got '8b'; wanted 'tiny', 'demo'"),
+        ("model.preset=9z", r"model\.preset: got '9z'; wanted 'tiny', 'demo'"),
         ("data.0.dataset=nowhere", r"nowhere: no index\.json: not a dataset"),
         ("mesh.sp=3", r"mesh: sp: got 3; rows of 256 tokens"),
         ("seed=4294967296", r"seed: got 4294967296; wanted less than 4294967296"),

@@ -70,7 +70,7 @@ def test_a_run_tells_what_it_did_and_does_any_step_of_it_again(
     assert all(row["examples"] and row["examples"][0]["source"] == "books" for row in again["rows"])
     assert run_app(app, ["replay", str(run), "--step", "2"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"step 2: loss [\d.]+, equal to the log \(from checkpoint 0\)\n  .*out row \d+: shard-000000\.tar row", shown)
+    assert re.search(r"step 2: loss [\d.]+, equal to the log \(from checkpoint 0\)\n  .*out row \d+: shard-0000", shown)
     assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*") if path.is_file()) == before
     assert run_app(app, ["replay", str(run), "--step", "13"]) == 2
     assert "steps 1 to 12" in capsys.readouterr().err

@@ -52,30 +52,28 @@ def compiled(config: ModelConfig, optimizer: Any, loss: LossSpec, spec: MeshSpec
     return state, batch, lowered.compile({"xla_backend_optimization_level": 0})
 
 
-@pytest.mark.usefixtures("float64")
-def test_accumulated_steps_equal_the_whole_step() -> None:
-    """The optimizer subtracts the gradient itself, so parameters tell it."""
+@cache
+def one_step(spec: MeshSpec, accumulate: int) -> tuple[Any, int]:
+    """What a step gives, and its temporary memory. The optimizer subtracts the gradient itself: parameters tell it."""
     config = dataclasses.replace(CONFIG, dtype="float64")
     loss = LossSpec(shares=Shares(text=0.5, vision=0.5), z_loss=1e-3)
+    state, batch, step = compiled(config, optax.sgd(1.0), loss, spec, accumulate)
+    state, report = step(state, batch)
+    result = jax.tree.map(np.asarray, (state.params, report.loss, report.sums, report.grad_norm))
+    return result, step.memory_analysis().temp_size_in_bytes
 
-    def one_step(spec: MeshSpec, accumulate: int) -> Any:
-        state, batch, step = compiled(config, optax.sgd(1.0), loss, spec, accumulate)
-        state, report = step(state, batch)
-        return jax.tree.map(np.asarray, (state.params, report.loss, report.sums, report.grad_norm))
 
-    wanted = one_step(ONE, 1)
+@pytest.mark.usefixtures("float64")
+def test_accumulated_steps_equal_the_whole_step() -> None:
+    wanted, _ = one_step(ONE, 1)
     for spec, accumulate in [(ONE, 4), (MeshSpec(fsdp=2, tp=2), 2)]:
-        for a, b in zip(jax.tree.leaves(one_step(spec, accumulate)), jax.tree.leaves(wanted), strict=True):
+        for a, b in zip(jax.tree.leaves(one_step(spec, accumulate)[0]), jax.tree.leaves(wanted), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * np.abs(b).max())
 
 
+@pytest.mark.usefixtures("float64")
 def test_memory_falls_with_the_parts_of_a_batch() -> None:
-    def temp(accumulate: int) -> int:
-        config = dataclasses.replace(CONFIG, num_layers=8, ffn_dim=512, remat="none")
-        step = compiled(config, optax.sgd(1.0), LossSpec(), ONE, accumulate)[2]
-        return int(step.memory_analysis().temp_size_in_bytes)
-
-    assert temp(4) < 0.6 * temp(1)
+    assert one_step(ONE, 4)[1] < 0.6 * one_step(ONE, 1)[1]
 
 
 def test_parts_that_do_not_divide_over_the_mesh_are_refused() -> None:
@@ -129,9 +127,14 @@ def test_a_run_notes_skipped_steps_and_stops_after_so_many_in_a_row(tmp_path: Pa
     assert [line["loss"] is None for line in lines] == [True, False, True, True]
 
 
+@cache
+def fresh_params() -> Any:
+    return jax.jit(lambda: init_params(CONFIG, jax.random.key(0)))()
+
+
 @pytest.mark.parametrize("decay", ["matrices", "all"])
 def test_decay_reaches_what_the_manifest_says(decay: Any) -> None:
-    params = init_params(CONFIG, jax.random.key(0))
+    params = fresh_params()
     optimizer = make_optimizer(OptimizerSpec(lr=0.5, schedule="constant", weight_decay=0.1, decay=decay), 10)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
@@ -145,7 +148,7 @@ def test_decay_reaches_what_the_manifest_says(decay: Any) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_only_first_moments_are_stored_in_bf16(name: Any) -> None:
-    params = init_params(CONFIG, jax.random.key(0))
+    params = fresh_params()
     for moments, wanted in (("fp32", "float32"), ("bf16", "bfloat16")):
         spec = OptimizerSpec(name=name, lr=0.1, adam_lr=0.1 if name == "muon" else None, moments=moments)
         state = jax.eval_shape(make_optimizer(spec, 10).init, params)
@@ -155,7 +158,7 @@ def test_only_first_moments_are_stored_in_bf16(name: Any) -> None:
 
 
 def test_bf16_moments_move_nearly_the_same() -> None:
-    params = init_params(CONFIG, jax.random.key(0))
+    params = fresh_params()
     grads = jax.tree.map(lambda p: p + 0.01, params)
 
     def second_update(moments: Any) -> Any:
