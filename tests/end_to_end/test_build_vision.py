@@ -189,7 +189,7 @@ def test_parts_of_a_video_in_which_nothing_is_trained_are_left_out_and_counted(v
     result = build(manifest)
     table = pq.read_table(result.out / "shard-000000.examples.parquet").to_pylist()
     assert len(table) == 1 and table[0]["num_trained"] > 0  # the caption's
-    assert _rejected(result) == {"part not trained": 1}
+    assert _rejected(result) == {"truncated": 1}  # one part is left
     assert result.info.sources["clips"].rejected == 0
 
 
