@@ -22,11 +22,11 @@ from jaxtyping import Bool, Int32, Int64
 from lwm_data.folder import Folder
 from lwm_data.format.index import SourceCounts
 from lwm_data.manifest import DatasetManifest
-from lwm_data.manifest_sources import AnySource, Books, Needles, Text, Tokens
+from lwm_data.manifest_sources import AnySource, Books, Images, Needles, Text, Tokens, Videos
 from lwm_data.sources.chats import LEFT_OUT
 from lwm_data.sources.clean import NO_MARK
 from lwm_data.sources.fit import FRAME, RunShape, is_plain, num_text_parts, part_lengths
-from lwm_data.sources.record import Rejection
+from lwm_data.sources.record import UNREAD, Rejection
 from lwm_data.token_store import StoreFile
 from lwm_data.unwanted import Unwanted
 from lwm_data.work_folder import WorkFolder
@@ -64,13 +64,16 @@ def plan_examples(
 
     marks: the name of each one's marks (text_marks.py), None where it has none.
 
-    ValueError where a record does not fit a row under `overflow: error`, where a source has more bad records than
-    `max_rejected` allows, and where nothing is left.
+    ValueError where a record does not fit a row under `overflow: error`, where a file of texts is not read to its end
+    under `damaged: error`, where a source has more bad records than `max_rejected` allows (of those that the manifest
+    does not filter), and where nothing is left.
     """
     columns: list[tuple[np.ndarray, ...]] = []
     counts_of = {source.name: SourceCounts() for source in manifest.sources}
     bad: dict[str, list[Rejection]] = {source.name: [] for source in manifest.sources}
     num_bad: Counter[str] = Counter()
+    num_filtered: Counter[str] = Counter()
+    unread: list[list[Rejection]] = [[] for _ in manifest.sources]
     numbers = {source.name: number for number, source in enumerate(manifest.sources)}
     unwanted = Unwanted(manifest, sources, store, names, marks, partial(_taken, manifest))
     with work.planned_rejected() as file:
@@ -78,7 +81,10 @@ def plan_examples(
             tokens = StoreFile.without_tokens(store, name)
             damaged = tokens.rejections()
             wrong = [rejection for rejection in damaged if not rejection.reason.startswith(FILTERED)]
+            num_filtered[source.name] += len(damaged) - len(wrong)
             num_bad[source.name] += len(wrong)
+            if manifest.damaged == "error" and not isinstance(source, Images | Videos):
+                unread[numbers[source.name]] += [rejection for rejection in wrong if rejection.reason == UNREAD]
             bad[source.name] += wrong[: SHOWN - len(bad[source.name])]
             fitted, notes = _fit_unit(manifest, source, tokens, unwanted.of(unit))
             notes += tokens.notes()
@@ -97,9 +103,9 @@ def plan_examples(
             columns.append((np.full(len(fitted.of), numbers[source.name], np.int32), *_columns(unit, fitted)))
     rejected = work.planned_rejected_name
     for i, source in enumerate(manifest.sources):
-        _refuse_bad(
-            f"sources.{i}", counts_of[source.name].records, num_bad[source.name], bad[source.name], manifest, rejected
-        )
+        _refuse_unread(f"sources.{i}", unread[i], rejected)
+        wanted = counts_of[source.name].records - num_filtered[source.name]
+        _refuse_bad(f"sources.{i}", wanted, num_bad[source.name], bad[source.name], manifest, rejected)
     of_source, units, records, parts, lengths = (np.concatenate(column) for column in zip(*columns, strict=True))
     if not len(units):
         raise ValueError(f"{manifest.name}: no record is left to build from; {rejected} tells why")
@@ -211,6 +217,18 @@ def _columns(unit: int, fitted: _Fitted) -> tuple[np.ndarray, ...]:
     firsts = np.cumsum(fitted.parts) - fitted.parts
     part = np.arange(len(fitted.of)) - firsts[fitted.of]
     return np.full(len(part), unit, np.int32), fitted.of.astype(np.int32), part.astype(np.int32), fitted.lengths
+
+
+def _refuse_unread(key: str, unread: list[Rejection], rejected: str) -> None:
+    """Nobody knows how many records follow in a file that is not read to its end."""
+    if not unread:
+        return
+    shown = "".join(f"\n  {rejection.key}: {rejection.detail}" for rejection in unread[:SHOWN])
+    more = f"\n  ... {len(unread) - SHOWN:,} more, in {rejected}" if len(unread) > SHOWN else ""
+    raise ValueError(
+        f"{key}: {len(unread):,} of its files cannot be read to the end, so records are lost; fetch or write them "
+        f"anew, leave them out, or set damaged: keep to take what comes before:{shown}{more}"
+    )
 
 
 def _refuse_bad(

@@ -77,6 +77,9 @@ class DatasetManifest(ManifestModel):
     max_rejected: float = Field(
         default=0.05, ge=0, le=1, description="share of a source's records that may be bad before the build fails"
     )
+    damaged: Literal["error", "keep"] = Field(
+        default="error", description="a file of texts that cannot be read to its end: fail, or keep what comes before"
+    )
     duplicates: DuplicateRule | None = Field(default=None, description="copies of records, to be left out")
     contamination: Contamination | None = Field(default=None, description="evaluation texts, to be kept out")
     sources: tuple[Source, ...] = Field(min_length=1)

@@ -187,6 +187,7 @@ class Needles(SourceModel):
     tokens: Count = Field(description="length of each example, drawn uniformly; never above max")
     needles: Count = Field(default=Span(min=1, max=1), description="facts planted in each example")
     asked: Count = Field(default=Span(min=1, max=1), description="facts asked for, of those planted")
+    split: Split | None = Field(default=None, description="take the haystack's files of one side of a split")
     overflow: Literal["error"] = "error"
 
     @model_validator(mode="after")
@@ -217,6 +218,7 @@ class Qa(SourceModel):
     questions: Count | None = Field(default=None, description="of each example, drawn; default: as many as may be")
     max_trained: float = Field(default=0.01, gt=0, le=1, description="the share of an example that may be trained")
     repeat: int = Field(default=1, ge=1, le=1000, description="how often each pair is asked")
+    split: Split | None = Field(default=None, description="take the books of one side of a split")
     overflow: Literal["error"] = "error"
 
     @model_validator(mode="after")

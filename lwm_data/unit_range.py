@@ -23,7 +23,12 @@ class UnitRange:
     step: int
 
     def of(self, num_units: int) -> range:
-        """The numbers of its units. The shares 1/N to N/N hold every unit exactly once."""
+        """The numbers of its units. The shares 1/N to N/N hold every unit exactly once.
+
+        ValueError where units are named that there are none of.
+        """
+        if self.stop is not None and self.start >= num_units > 0:
+            raise ValueError(f"--unit-range: got {self.text}; there are {num_units:,} units, 0 to {num_units - 1}")
         return range(num_units)[self.start : self.stop : self.step]
 
 

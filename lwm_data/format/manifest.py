@@ -69,7 +69,7 @@ def read_manifest(
     try:
         return kinds[kind].model_validate(data, context={"folder": path.parent})
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(path, lines, data, e, kinds[kind]) for e in error.errors())) from None
+        raise ValueError("\n".join(_explain(path, lines, data, e, kinds[kind]) for e in _causes(error))) from None
 
 
 def quoted(text: str) -> str:
@@ -140,6 +140,13 @@ def _override(data: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {override}: `{'.'.join(parents)}` has no key `{last}`")
 
 
+def _causes(error: ValidationError) -> list[Any]:
+    """pydantic's errors, but those of a list that is too short only because an item of it is wrong."""
+    errors = error.errors()
+    lists_of_wrong = {e["loc"][:n] for e in errors for n in range(len(e["loc"]))}
+    return [e for e in errors if e["type"] != "too_short" or e["loc"] not in lists_of_wrong]
+
+
 def _explain(
     path: Path, lines: Mapping[tuple[str | int, ...], int], data: Any, error: Any, model: type[BaseModel]
 ) -> str:
@@ -177,13 +184,16 @@ def _in_data(loc: Sequence[str | int], data: Any) -> list[str | int]:
 
 def _known_keys(model: Any, key: Sequence[str | int], data: Any) -> list[str]:
     """The keys that a person may write at `key`, by the models; for a union, those of the member of its `type`."""
+    annotation = model
     for part in key:
+        if isinstance(part, str):
+            model = _model_in(annotation, data)
+            if model is None or part not in model.model_fields:
+                return []
+            annotation = model.model_fields[part].annotation
         data = data[part]
-        annotation = model.model_fields[part].annotation if isinstance(part, str) else model
-        model = _model_in(annotation, data)
-        if model is None:
-            return []
-    return list(model.model_fields)
+    model = _model_in(annotation, data)
+    return list(model.model_fields) if model is not None else []
 
 
 def _model_in(annotation: Any, data: Any) -> Any:

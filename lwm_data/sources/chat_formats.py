@@ -70,10 +70,14 @@ def _of_messages(row: dict[str, Any], name: str, role_key: str, words_key: str) 
         speaker = SPEAKERS.get(role) if isinstance(role, str) else None
         if speaker is None:
             raise NotAChat("unknown role", f"{place}.{role_key}: got {role!r:.60}; wanted user, assistant or system")
+        if speaker == "assistant" and message.get("weight") not in (None, 1):
+            detail = f"{place}.weight: got {message['weight']!r:.20}; the assistant's turns are all trained"
+            raise NotAChat("turn not to be trained", detail)
         words = message.get(words_key)
         if speaker == "system":
-            if said or (i and system is not None):
-                raise NotAChat("roles do not alternate", f"{place}: a system message; wanted one, before the turns")
+            if said or system is not None:
+                detail = f"{place}: a system message; wanted one, before the turns, or the field system"
+                raise NotAChat("roles do not alternate", detail)
             system = _words(words, place) if words else system
             continue
         if said and said[-1][0] == speaker:

@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 
 from lwm_data.sources.fields import Fields, UnreadableField
 from lwm_data.sources.files import InputFile, open_unpacked
-from lwm_data.sources.record import Rejection
+from lwm_data.sources.record import UNREAD, Rejection
 
 UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)  # what a damaged file raises, the last by its names
 PICTURES_BATCH = 16  # rows of a Parquet that are held together; a picture can have megabytes
+BATCH_BYTES = 32 << 20  # of a Parquet that are held together; fewer rows are, where their mean would take more
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def damaged(key: str, error: Exception) -> Rejection:
     """The rejection of what pyarrow cannot read; what the system cannot read is raised again, it may be passing."""
     if isinstance(error, OSError) and error.errno is not None:
         raise error
-    return Rejection(key, "damaged", f"{' '.join(str(error).split())[:300]}; the rest is not read")
+    return Rejection(key, UNREAD, f"{' '.join(str(error).split())[:300]}; the rest is not read")
 
 
 def _batches(file: InputFile, batch_rows: int, columns: Collection[str] | None) -> Iterator[pa.RecordBatch]:
@@ -87,7 +88,7 @@ def _batches(file: InputFile, batch_rows: int, columns: Collection[str] | None) 
             # Pages are read as they are needed, not whole row groups ahead: those of pictures have gigabytes.
             parquet = pq.ParquetFile(raw, pre_buffer=False, buffer_size=1 << 20)
             wanted = None if columns is None else [name for name in parquet.schema_arrow.names if name in columns]
-            yield from parquet.iter_batches(batch_size=batch_rows, columns=wanted)
+            yield from parquet.iter_batches(min(batch_rows, _rows_of_a_batch(parquet.metadata)), columns=wanted)
             return
         start = raw.read(6)
         raw.seek(0)
@@ -106,6 +107,13 @@ def _batches(file: InputFile, batch_rows: int, columns: Collection[str] | None) 
                 is_text = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
                 (column.view(_bytes_type(column.type)) if is_text else column).validate(full=True)
             yield batch
+
+
+def _rows_of_a_batch(metadata: pq.FileMetaData) -> int:
+    """How many rows of the row group with the largest have BATCH_BYTES."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    row_bytes = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=0)
+    return max(1, BATCH_BYTES // max(1, row_bytes))
 
 
 def _bytes_type(kind: pa.DataType) -> pa.DataType:

@@ -15,13 +15,13 @@ from typing import BinaryIO
 
 from lwm_data.sources.files import BLOCK, DAMAGED, InputFile, open_unpacked
 from lwm_data.sources.json_lines import MAX_LINE, JsonLine
-from lwm_data.sources.record import Rejection
+from lwm_data.sources.record import UNREAD, Rejection
 
 BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 class _Refused(Exception):
-    """Where nothing after here can be read: its reason, one of few, and the detail."""
+    """Why nothing after here can be read."""
 
 
 def starts_with_bracket(file: InputFile) -> bool:
@@ -42,10 +42,9 @@ def read_json_array(file: InputFile) -> Iterator[JsonLine | Rejection]:
                 number += 1
                 yield JsonLine(f"{file.key}:{number}", value)
     except _Refused as refused:
-        reason, detail = refused.args
-        yield Rejection(f"{file.key}:{number + 1}", reason, f"{detail}; the rest is not read")
+        yield Rejection(f"{file.key}:{number + 1}", UNREAD, f"{refused}; the rest is not read")
     except DAMAGED as error:
-        yield Rejection(f"{file.key}:{number + 1}", "damaged", f"cannot be unpacked: {error}; the rest is not read")
+        yield Rejection(f"{file.key}:{number + 1}", UNREAD, f"cannot be unpacked: {error}; the rest is not read")
 
 
 class _Window:
@@ -67,7 +66,7 @@ class _Window:
         try:
             self.text = self.text[self.at :] + self._decoder.decode(data, final=self.is_last)
         except UnicodeDecodeError as error:
-            raise _Refused("not UTF-8", f"byte 0x{error.object[error.start]:02x}") from None
+            raise _Refused(f"not UTF-8: byte 0x{error.object[error.start]:02x}") from None
         self.at = 0
         return True
 
@@ -82,7 +81,7 @@ class _Window:
 def _elements(window: _Window) -> Iterator[object]:
     decode = json.JSONDecoder().raw_decode
     if window.next_sign() != "[":
-        raise _Refused("not JSON", "wanted an array")
+        raise _Refused("not JSON: wanted an array")
     window.at += 1
     if window.next_sign() == "]":
         _expect_end(window)
@@ -98,14 +97,15 @@ def _elements(window: _Window) -> Iterator[object]:
             except (ValueError, RecursionError) as error:  # not whole yet, or no JSON at all
                 problem = str(error)
             if len(window.text) - window.at > MAX_LINE:
-                raise _Refused("too large", f"no whole element in {MAX_LINE:,} characters ({problem})")
+                raise _Refused(f"too large: no whole element in {MAX_LINE:,} characters ({problem})")
             if not window.grow():
-                raise _Refused("not JSON", problem)
+                raise _Refused(f"not JSON: {problem}")
         window.at = end
         yield value
         sign = window.next_sign()
         if sign not in (",", "]"):
-            raise _Refused("not JSON", f"wanted , or ] after an element, got {sign!r}" if sign else "the array is cut")
+            got = f"wanted , or ] after an element, got {sign!r}" if sign else "the array is cut"
+            raise _Refused(f"not JSON: {got}")
         window.at += 1
         if sign == "]":
             window.at -= 1
@@ -116,4 +116,4 @@ def _elements(window: _Window) -> Iterator[object]:
 def _expect_end(window: _Window) -> None:
     window.at += 1
     if window.next_sign():
-        raise _Refused("not JSON", "more follows the end of the array")
+        raise _Refused("not JSON: more follows the end of the array")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lwm_data.sources.files import BLOCK, DAMAGED, InputFile, open_unpacked
-from lwm_data.sources.record import Rejection
+from lwm_data.sources.record import UNREAD, Rejection
 
 MAX_LINE = 64 << 20  # bytes
 BOM = b"\xef\xbb\xbf"
@@ -52,7 +52,7 @@ def read_lines(file: InputFile) -> Iterator[tuple[str, bytes] | Rejection]:
                 elif line.strip():
                     yield key, line.removeprefix(BOM) if number == 1 else line
     except DAMAGED as error:
-        yield Rejection(f"{file.key}:{number + 1}", "damaged", f"cannot be unpacked: {error}; the rest is not read")
+        yield Rejection(f"{file.key}:{number + 1}", UNREAD, f"cannot be unpacked: {error}; the rest is not read")
 
 
 def _parse(line: bytes, key: str) -> JsonLine | Rejection:

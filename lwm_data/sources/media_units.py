@@ -15,6 +15,7 @@ import hashlib
 import math
 import os
 import posixpath
+import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
@@ -30,7 +31,8 @@ VIDEOS = frozenset({"mp4", "m4v", "webm", "mkv", "avi", "mov"})
 COLUMNS = frozenset({"parquet", "arrow"})  # files of rows that hold pictures
 SIDECARS = ("txt", "json")
 PACKED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
-NOT_RECORDS = ("dataset_info.json", "state.json", "_stats.json")  # of `datasets` and img2dataset, about a whole folder
+NOT_RECORDS = ("dataset_info.json", "state.json", "dataset_dict.json")  # of `datasets`, about a whole folder
+STATS = re.compile(r"\d+_stats\.json")  # of img2dataset, about a tar
 LOOSE_PICTURES = 256  # records of a block, on average
 LOOSE_VIDEOS = 16
 HELD_FOLDERS = 64  # listings that are held; each has as many names as its folder
@@ -58,7 +60,7 @@ def group_files(source: Images | Videos, files: list[InputFile]) -> list[tuple[I
             units.append((file,))
         elif isinstance(source, Videos) and kind in LISTS:
             units += _list_units(file, folders)
-        elif not file.path.endswith(NOT_RECORDS):
+        elif not is_about_a_folder(file.path):
             loose.append(file)
     media, average = (PICTURES, LOOSE_PICTURES) if isinstance(source, Images) else (VIDEOS, LOOSE_VIDEOS)
     groups = _loose_groups(loose, media, folders)
@@ -69,6 +71,12 @@ def group_files(source: Images | Videos, files: list[InputFile]) -> list[tuple[I
 def suffix(name: str) -> str:
     """What follows the last dot of a file's name, in small letters."""
     return posixpath.splitext(name)[1][1:].lower()
+
+
+def is_about_a_folder(path: str) -> bool:
+    """Whether a file only tells of what stands beside it."""
+    name = posixpath.basename(path)
+    return name in NOT_RECORDS or STATS.fullmatch(name) is not None
 
 
 def _loose_groups(

@@ -29,13 +29,24 @@ from lwm_data.format.prompt import BORDER, SYSTEM
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.manifest_sources import Qa
 from lwm_data.sources.files import InputFile, check_unchanged, find_files, read_text
+from lwm_data.sources.heldout import other_side
 from lwm_data.sources.qa_pairs import QaPair, pairs_of
 from lwm_data.sources.qa_windows import Evidence, Window, depth_of, plan_windows
 from lwm_data.sources.record import Record, Rejection
 from lwm_data.sources.token_starts import encode_with_starts, floor_token
 
 VERSION = 1  # raise it when the same inputs give other tokens
-OPTIONS = {"name", "tokens", "join", "order", "depth", "questions", "max_trained", "repeat"}  # that tokens depend on
+OPTIONS = {
+    "name",
+    "tokens",
+    "join",
+    "order",
+    "depth",
+    "questions",
+    "max_trained",
+    "repeat",
+    "split",
+}  # that tokens depend on
 STRETCH = 1000  # tokens between the borders of text without pairs
 ASKED = re.compile(r" (\d+\.\d+)@(\d+)%:(\d+)-(\d+)")
 ALL_ASKED = re.compile(rf"(?:{ASKED.pattern})+(?: #\d+)?$")
@@ -64,7 +75,8 @@ def asked_of(key: str) -> tuple[Asked, ...]:
 
 def group_books(source: Qa, pairs: list[InputFile]) -> list[tuple[InputFile, ...]]:
     """The input of each unit: the files of pairs and `join` books; of the last one, the files of pairs alone."""
-    books = find_files(source.books, f"sources: {source.name}: books")
+    found = find_files(source.books, f"sources: {source.name}: books")
+    books = [book for book in found if other_side(source.split, book.key) is None]
     groups = [(*pairs, *books[at : at + source.join]) for at in range(0, len(books), source.join)]
     return [*groups, tuple(pairs)]
 
@@ -82,8 +94,12 @@ def read_qa(
 ) -> Iterator[Record | Rejection]:
     """The examples about `books`, read end to end, and their pairs that cannot be asked; without books, the rest."""
     if not books:
-        keys = {file.key for file in find_files(source.books, f"sources: {source.name}: books")}
-        yield from pairs_of(pairs).rest(keys)
+        found = find_files(source.books, f"sources: {source.name}: books")
+        yield from pairs_of(pairs).rest({book.key for book in found})
+        for book in found:
+            filtered = other_side(source.split, book.key)
+            if filtered is not None:
+                yield filtered
         return
     reading = _Reading(tokenizer)
     for book in books:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from lwm_data.format.example import Run
 
 
+UNREAD = "damaged file"  # the reason where the rest of a file is not read: more than one record may be lost
+
+
 @dataclass(frozen=True)
 class Record:
     """The tokens of one record. key: unique within its source, the same on every machine.

@@ -16,7 +16,7 @@ from lwm_data.sources.fields import MAX_JSON, Fields, sidecar_fields
 from lwm_data.sources.files import InputFile, open_unpacked
 from lwm_data.sources.key_index import KeyedRows, SeenKeys
 from lwm_data.sources.media_units import SIDECARS, suffix, with_small_ending
-from lwm_data.sources.record import Rejection
+from lwm_data.sources.record import UNREAD, Rejection
 from lwm_data.sources.tar_members import DamagedTar, Member, read_members
 
 MAX_TEXT = 64 << 10  # bytes of a caption's file
@@ -79,7 +79,8 @@ def tar_samples(files: tuple[InputFile, ...], kind: Kind) -> Iterator[Sample | R
 def tar_groups(tar: InputFile, kind: Kind, sidecars: Mapping[str, int]) -> Iterator[Group | Rejection]:
     """The members of a tar by their names, each name once. sidecars: endings besides `kind`'s, and their most bytes.
 
-    A member without a name, or without an ending, is none of a record, as in WebDataset; so are folders. A group of
+    A member without a name, or without an ending, is none of a record, as in WebDataset; so are folders. Among texts
+    one without an ending is told of, unless its name begins with a dot. A group of
     which the tar's cut may have taken something is left out, since its fields may be in what is lost.
     """
     seen = SeenKeys()
@@ -100,6 +101,9 @@ def tar_groups(tar: InputFile, kind: Kind, sidecars: Mapping[str, int]) -> Itera
             for member in read_members(raw, max_bytes):
                 name, ending = _split(member.name)
                 if not ending and member.problem is None:
+                    if kind.name == "text" and name and not posixpath.basename(name).startswith("."):
+                        detail = "a name without an ending; wanted a .txt or .json"
+                        yield Rejection(f"{tar.key}/{name}", "no text", detail)
                     continue
                 if group is None or group.name != name:
                     if group is not None:
@@ -109,7 +113,7 @@ def tar_groups(tar: InputFile, kind: Kind, sidecars: Mapping[str, int]) -> Itera
         except DamagedTar as error:
             if group is not None and (error.name is None or _split(error.name)[0] != group.name):
                 yield checked(group)
-            yield Rejection(tar.key, "damaged", f"{error.detail}; the rest is not read")
+            yield Rejection(tar.key, UNREAD, f"{error.detail}; the rest is not read")
         else:
             if group is not None:
                 yield checked(group)

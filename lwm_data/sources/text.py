@@ -21,15 +21,14 @@ from lwm_data.sources.clean import clean
 from lwm_data.sources.files import MAX_TEXT_BYTES, InputFile, read_text
 from lwm_data.sources.heldout import other_side
 from lwm_data.sources.json_lines import MAX_LINE, holds_half_a_pair, read_lines
-from lwm_data.sources.media_units import blocks
+from lwm_data.sources.media_units import blocks, is_about_a_folder
 from lwm_data.sources.objects import COLUMNS, JSON, kind_of, named_key, read_objects
 from lwm_data.sources.record import Record, Rejection
 from lwm_data.sources.samples import Group, Kind, tar_groups
 
-VERSION = 1  # raise it when the same file gives other tokens
+VERSION = 2  # raise it when the same file gives other tokens
 SMALL_FILES = 256  # files of one record that are one unit, on average
 OPTIONS = {"field", "key", "records", "clean", "split"}  # of the source, that tokens depend on
-NOT_TEXTS = ("dataset_info.json", "state.json", "dataset_dict.json", "_stats.json")  # what stands beside data files
 TAR_TEXTS = Kind("text", frozenset({"txt"}), MAX_TEXT_BYTES)
 
 
@@ -39,7 +38,7 @@ def group_texts(source: Text, files: list[InputFile]) -> list[tuple[InputFile, .
     single = []
     for file in files:
         if source.records == "lines" or kind_of(file) in (*COLUMNS, *JSON, "tar", "tgz"):
-            if not file.path.endswith(NOT_TEXTS):
+            if not is_about_a_folder(file.path):
                 many.append((file,))
         else:
             single.append((file,))

@@ -27,11 +27,12 @@ from lwm_data.sources.files import DAMAGED, InputFile, open_unpacked
 from lwm_data.sources.heldout import other_side
 from lwm_data.sources.json_lines import MAX_LINE, JsonLine
 from lwm_data.sources.objects import BATCH_ROWS, COLUMNS, kind_of, named_key, read_objects
-from lwm_data.sources.record import Record, Rejection
+from lwm_data.sources.record import UNREAD, Record, Rejection
 
-VERSION = 1  # raise it when the same file gives other tokens
+VERSION = 2  # raise it when the same file gives other tokens
 OPTIONS = {"field", "key", "trained", "labels", "split"}  # of the source, that tokens depend on
 NOT_TRAINED = -100  # the label of a token that is not trained
+PADDING_MASK = "attention_mask"  # where a row has it: 0 for ids that only fill it up
 MAX_TOKENS = 1 << 25  # of one record
 BLOCK = 1 << 20  # tokens of a stream that are read at a time
 MAX_HEADER = 1 << 12  # bytes of a .npy's header
@@ -48,7 +49,8 @@ def read_tokens(source: Tokens, file: InputFile, tokenizer: TextTokenizer) -> It
     if kind == "npy":
         yield from _read_stream(source, file, tokenizer)
         return
-    names = {source.field, source.key or "id", source.trained or source.field, source.labels or source.field}
+    lists = {source.field, source.trained or source.field, source.labels or source.field, PADDING_MASK}
+    names = lists | {source.key or "id"}
     if kind in COLUMNS:
         for row in read_rows(file, BATCH_ROWS, names):
             yield row if isinstance(row, Rejection) else _of_row(source, file, row, tokenizer)
@@ -66,7 +68,7 @@ def _of_row(source: Tokens, file: InputFile, row: Row, tokenizer: TextTokenizer)
         fields: dict[str, Any] = {name: row.fields.find(name)}
     except UnreadableField as error:
         return Rejection(place, *error.args)
-    lists = [column for column in (source.field, source.trained, source.labels) if column is not None]
+    lists = [name for name in (source.field, source.trained, source.labels, PADDING_MASK) if name is not None]
     fields |= {column: row.value(column) for column in lists if row.batch.schema.get_field_index(column) >= 0}
     return _of_object(source, JsonLine(place, fields), tokenizer)
 
@@ -83,7 +85,8 @@ def _of_object(source: Tokens, found: JsonLine, tokenizer: TextTokenizer) -> Rec
         return filtered
     try:
         ids = _numbers(found.value, source.field)
-        return Record(key, _runs(ids, _is_trained(source, found.value, ids), tokenizer))
+        whole = _without_padding(found.value, len(ids))
+        return Record(key, _runs(ids[whole], _is_trained(source, found.value, ids, whole), tokenizer))
     except _Refused as refused:
         return Rejection(key, *refused.args)
 
@@ -106,22 +109,51 @@ def _numbers(fields: dict[str, Any], name: str) -> Int64[np.ndarray, " n"]:
         raise _Refused("unknown id", f"{name}: a number of more than 64 bits") from None
 
 
-def _is_trained(source: Tokens, fields: dict[str, Any], ids: Int64[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-    name = source.trained or source.labels
-    if name is None:
-        return np.ones(len(ids), np.bool_)
+def _without_padding(fields: dict[str, Any], num_ids: int) -> slice:
+    """The ids that are no padding; all of them where the row does not say."""
+    mask = fields.get(PADDING_MASK)
+    if mask is None or (isinstance(mask, pa.Scalar) and not mask.is_valid):
+        return slice(0, num_ids)
+    marks = _marks(fields, PADDING_MASK, num_ids)
+    kept = np.flatnonzero(marks)
+    if not len(kept):
+        raise _Refused("empty", f"{PADDING_MASK} is 0 for each of {num_ids:,} ids")
+    if kept[-1] - kept[0] + 1 != len(kept):
+        hole = int(kept[0] + np.flatnonzero(marks[kept[0] :] == 0)[0])
+        raise _Refused("wrong field", f"{PADDING_MASK}.{hole}: got 0 between ids; wanted it at the ends alone")
+    return slice(int(kept[0]), int(kept[-1]) + 1)
+
+
+def _marks(fields: dict[str, Any], name: str, num_ids: int) -> Int64[np.ndarray, " n"]:
+    """The list under `name`, a 0 or 1 for each id."""
+    marks = _of_each_id(fields, name, num_ids)
+    if len(marks) and not 0 <= marks.min() <= marks.max() <= 1:
+        raise _Refused("wrong field", f"{name}: got {marks.min()} to {marks.max()}; wanted 0 or 1 for each id")
+    return marks
+
+
+def _of_each_id(fields: dict[str, Any], name: str, num_ids: int) -> Int64[np.ndarray, " n"]:
     marks = _numbers(fields, name)
-    if len(marks) != len(ids):
-        raise _Refused("wrong field", f"{name}: {len(marks):,} of them for {len(ids):,} ids")
+    if len(marks) != num_ids:
+        raise _Refused("wrong field", f"{name}: {len(marks):,} of them for {num_ids:,} ids")
+    return marks
+
+
+def _is_trained(
+    source: Tokens, fields: dict[str, Any], ids: Int64[np.ndarray, " n"], whole: slice
+) -> Bool[np.ndarray, " m"]:
+    """Of each id in `whole`."""
+    if source.trained is not None:
+        return np.asarray(_marks(fields, source.trained, len(ids))[whole] == 1)
     if source.labels is None:
-        if len(marks) and not 0 <= marks.min() <= marks.max() <= 1:
-            raise _Refused("wrong field", f"{name}: got {marks.min()} to {marks.max()}; wanted 0 or 1 for each id")
-        return np.asarray(marks == 1)
-    is_trained: Bool[np.ndarray, " n"] = marks != NOT_TRAINED
-    differs = np.flatnonzero(is_trained & (marks != ids))
+        return np.ones(whole.stop - whole.start, np.bool_)
+    marks = _of_each_id(fields, source.labels, len(ids))[whole]
+    is_trained: Bool[np.ndarray, " m"] = marks != NOT_TRAINED
+    differs = np.flatnonzero(is_trained & (marks != ids[whole]))
     if len(differs):
         i = int(differs[0])
-        detail = f"{name}.{i}: got {marks[i]} at id {ids[i]}; wanted the same id, or {NOT_TRAINED}"
+        place = whole.start + i
+        detail = f"{source.labels}.{place}: got {marks[i]} at id {ids[place]}; wanted the same id, or {NOT_TRAINED}"
         raise _Refused("labels differ", detail)
     return is_trained
 
@@ -158,6 +190,8 @@ def _read_stream(source: Tokens, file: InputFile, tokenizer: TextTokenizer) -> I
             for ids, num_tokens in _documents(_blocks(raw), tokenizer):
                 key = f"{file.key}:{first}"
                 first += num_tokens
+                if np.isin(ids, (tokenizer.bos, tokenizer.eos)).all():  # a separator that stands twice
+                    continue
                 filtered = other_side(source.split, key)
                 try:
                     yield filtered or Record(key, _runs(ids, np.ones(len(ids), np.bool_), tokenizer))
@@ -165,9 +199,9 @@ def _read_stream(source: Tokens, file: InputFile, tokenizer: TextTokenizer) -> I
                     reason, detail = refused.args
                     yield Rejection(key, reason, detail)
     except _Refused as refused:
-        yield Rejection(f"{file.key}:{first}", *refused.args)
+        yield Rejection(f"{file.key}:{first}", UNREAD, ": ".join(refused.args) + "; the rest is not read")
     except DAMAGED as error:
-        yield Rejection(f"{file.key}:{first}", "damaged", f"cannot be unpacked: {error}; the rest is not read")
+        yield Rejection(f"{file.key}:{first}", UNREAD, f"cannot be unpacked: {error}; the rest is not read")
 
 
 def _blocks(raw: BinaryIO) -> Iterator[Int64[np.ndarray, " n"]]:
@@ -181,7 +215,7 @@ def _blocks(raw: BinaryIO) -> Iterator[Int64[np.ndarray, " n"]]:
         if whole:
             yield np.frombuffer(data[:whole], dtype).astype(np.int64)
         if not data or whole < len(data):
-            raise _Refused("damaged", f"cut: {left:,} of {total:,} tokens are missing")
+            raise _Refused("cut", f"{left:,} of {total:,} tokens are missing")
 
 
 def _header(raw: BinaryIO) -> tuple[np.dtype[Any], int]:
@@ -189,7 +223,7 @@ def _header(raw: BinaryIO) -> tuple[np.dtype[Any], int]:
     start = raw.read(8)
     size = raw.read(2 if start[6:7] == b"\x01" else 4)
     if start[:6] != b"\x93NUMPY" or len(size) < 2:
-        raise _Refused("damaged", "no .npy file")
+        raise _Refused("wrong file", "no .npy")
     header = raw.read(min(int.from_bytes(size, "little"), MAX_HEADER)).decode("latin-1")
     found = HEADER.fullmatch(header.strip())
     if found is None:
@@ -205,7 +239,9 @@ def _documents(
     held: list[np.ndarray] = []
     num_held = num_tokens = 0
     for block in blocks:
-        cuts = np.union1d(np.flatnonzero(block == tokenizer.eos) + 1, np.flatnonzero(block == tokenizer.bos))
+        cuts = np.flatnonzero(block == tokenizer.eos) + 1
+        if tokenizer.bos != tokenizer.eos:
+            cuts = np.union1d(cuts, np.flatnonzero(block == tokenizer.bos))
         start = 0
         for stop in [*cuts.tolist(), len(block)]:
             if stop > start and num_held <= MAX_TOKENS:

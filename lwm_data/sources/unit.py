@@ -21,6 +21,7 @@ from lwm_data.format.vocab import TextTokenizer
 from lwm_data.manifest_sources import AnySource, Books, Chats, Images, LwmJsonl, Needles, Qa, Text, Tokens, Videos
 from lwm_data.sources import books, chats, lwm_jsonl, media, needles, qa, text, tokens
 from lwm_data.sources.files import InputFile, check_unchanged
+from lwm_data.sources.heldout import other_side
 from lwm_data.sources.record import Record, Rejection
 
 
@@ -54,14 +55,22 @@ def input_glob(source: AnySource) -> tuple[str, str]:
 
 
 def group_input(source: AnySource, files: list[InputFile]) -> list[tuple[InputFile, ...]]:
-    """The input of each unit: files that are found, not hashed yet, and what is read beside them."""
+    """The input of each unit: files that are found, not hashed yet, and what is read beside them.
+
+    ValueError where a split leaves nothing to make examples of.
+    """
     if isinstance(source, Images | Videos):
         return media.group_files(source, files)
     if isinstance(source, Text):
         return text.group_texts(source, files)
     if isinstance(source, Qa):
         return qa.group_books(source, files)
-    return [tuple(files)] if isinstance(source, Needles) else [(file,) for file in files]
+    if isinstance(source, Needles):
+        haystack = tuple(file for file in files if other_side(source.split, file.key) is None)
+        if not haystack:
+            raise ValueError(f"sources: {source.name}: split: no file of the haystack is of this side; add files")
+        return [haystack]
+    return [(file,) for file in files]
 
 
 def plan_units(

@@ -17,7 +17,7 @@ from lwm_data.sources.columns import Row, read_rows
 from lwm_data.sources.fields import Fields, UnreadableField
 from lwm_data.sources.files import InputFile, open_unpacked
 from lwm_data.sources.json_lines import holds_half_a_pair, read_json_lines
-from lwm_data.sources.record import Rejection
+from lwm_data.sources.record import UNREAD, Rejection
 
 LISTS = frozenset({"jsonl", "csv", "parquet"})
 MAX_CSV_LINE = 1 << 20  # bytes, and characters of a field, which may have many lines
@@ -102,7 +102,7 @@ def _read_csv(file: InputFile, words: frozenset[str | None]) -> Iterator[ListRow
                     values = (_csv_value(value, name in words) for value, name in zip(row, header, strict=True))
                     yield ListRow(key, Fields(dict(zip(header, values, strict=True))))
         except csv.Error as error:
-            yield Rejection(f"{file.key}:{reader.line_num}", "damaged", f"no CSV: {error}; the rest is not read")
+            yield Rejection(f"{file.key}:{reader.line_num}", UNREAD, f"no CSV: {error}; the rest is not read")
 
 
 def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
