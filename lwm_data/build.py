@@ -117,7 +117,9 @@ def build(manifest_path: str | Path, overrides: Sequence[str] = (), workers: Wor
         work.begin(fingerprint)  # only now: wrong input, found so far, must not cost the dataset that stands there
         stores = tuple(StoreRef(unit.file_name, unit.source.name, unit.source.overflow) for unit in units)
         dtype = "uint16" if max(tokenizer.vocab_size, VISION_VOCAB_SIZE) <= 1 << 16 else "uint32"
-        form = RowFormat(out, store, stores, manifest.row_length, dtype, manifest.packing, manifest.loss_weighting)
+        form = RowFormat(
+            out, store, stores, manifest.row_length, dtype, manifest.packing, manifest.loss_weighting, work.lock
+        )
         order = packing_order(manifest, plan)
         records = _write_shards(manifest, form, plan, order, work, workers)
         num_sources = len(manifest.sources)
@@ -125,7 +127,7 @@ def build(manifest_path: str | Path, overrides: Sequence[str] = (), workers: Wor
             plan.sources[order], minlength=num_sources
         )
         info = _info(manifest, described, fingerprint, tokenizer, vision, dtype, plan, left_out.tolist(), records)
-        with out.writing() as written:
+        with work.adding() as written:
             tokenizer.save(written)
             if vision:
                 save_vision_tokenizer(vision, written)

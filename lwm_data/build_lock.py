@@ -7,6 +7,10 @@
 A URL knows no locks that go with their process. So whoever finds the object watches it: if it changes, its build is at
 work, and the newcomer is refused; if it stays the same for PATIENCE seconds (or its process was on this machine and is
 gone), its build is dead, and the newcomer takes its place. No clocks are compared.
+
+A build that slept may find its place taken. So it looks at the object before it uploads or removes anything, workers do
+so, too, by the key that they are given, and what is not its own any more is left alone. What is left is the moment
+between look and act: an upload that was under way when the build fell asleep may still end.
 """
 
 from __future__ import annotations
@@ -29,11 +33,14 @@ from lwm_data.folder import UrlFolder
 LOCK = "lock"
 BEAT = 10.0  # seconds
 PATIENCE = 60.0
+LOOK_AGAIN = 1.0  # after which a beat is whole, where a store shows it half-written
 SETTLE = 2.0  # seconds after which only the last of several who take a dead build's place is left
 
 
 class DiskLock:
     """Of the folder `work`. ValueError from `acquire` where another build has it."""
+
+    key = ""
 
     def __init__(self, work: Path) -> None:
         self._work = work
@@ -79,13 +86,16 @@ class DiskLock:
 
 
 class UrlLock:
-    """Of the folder `work` behind a URL; methods as those of DiskLock."""
+    """Of the folder `work` behind a URL; methods as those of DiskLock.
 
-    def __init__(self, work: UrlFolder) -> None:
+    key: of the build that holds it, for its workers, which only look (`check`).
+    """
+
+    def __init__(self, work: UrlFolder, key: str = "") -> None:
         self._work = work
-        self._owner = {"id": uuid4().hex, "host": _host(), "process": os.getpid()}
+        self.key = key or uuid4().hex
+        self._owner = {"id": self.key, "host": _host(), "process": os.getpid()}
         self._stop = threading.Event()
-        self._lost = False
 
     def acquire(self) -> None:
         while not self._work.create(LOCK, self._content(0)) and not self._is_ours():
@@ -99,23 +109,27 @@ class UrlLock:
         self._heart.start()
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()  # workers end with their build, long before PATIENCE has passed
+        return contextlib.nullcontext()  # workers end with their build, or find by `check` that it is over
 
     def check(self) -> None:
         """ValueError where another build has taken this one for dead."""
-        if self._lost:
+        if self._is_ours():
+            return
+        time.sleep(LOOK_AGAIN)
+        if not self._is_ours():
             raise ValueError(
                 f"{self._work}: another build took over, as this one was not heard of for {PATIENCE:.0f} s (asleep, or "
-                "cut off); what it finished is kept"
+                "cut off); run it again when that one has ended, or give it an `out` of its own"
             )
 
     def release(self, clear: bool) -> None:
         """Give the folder free, if it is still ours."""
-        if clear and not self._lost:
-            self._work.remove(self._work.sizes().keys() - {LOCK})
+        if clear:
+            with contextlib.suppress(ValueError):  # another build took over: these are its own
+                self._work.remove(self._work.sizes().keys() - {LOCK}, self.check)
         self._stop.set()
         self._heart.join()
-        if not self._lost and self._is_ours():
+        if self._is_ours():
             self._work.remove([LOCK])
 
     def _content(self, beat: int) -> bytes:
@@ -139,7 +153,7 @@ class UrlLock:
         for _ in range(round(PATIENCE / BEAT) * 4):
             if first is None:
                 return False
-            if first.get("host") == _host() and not Path(f"/proc/{first.get('process')}").exists():
+            if first.get("host") == _host() and _is_gone(first.get("process")):
                 return True
             time.sleep(BEAT / 4)
             now = self._read()
@@ -161,12 +175,24 @@ class UrlLock:
         while not self._stop.wait(BEAT):
             try:
                 if not self._is_ours():
-                    self._lost = True
                     return
                 beat += 1
                 self._work.write(LOCK, self._content(beat))
             except Exception:  # told by the build's own requests, and the next beat may succeed
                 continue
+
+
+def _is_gone(process: object) -> bool:
+    """Whether no process of this machine has that number; /proc may hide those of others."""
+    if not isinstance(process, int) or process <= 0:
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return False
 
 
 def _host() -> str:

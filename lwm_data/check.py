@@ -6,20 +6,26 @@ segment begins with BOS; its weights sum to 1 (example) or are 0 or 1 (token)
 token   ids are of their vocabulary; vision blocks are whole frames that end in EOF, the last in EOV
 table   says of each segment what the row holds
 index   totals
+
+A shard is a unit of work; what is found is told in the shards' order, whoever was faster.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections import defaultdict
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lwm_data.format.dataset import Dataset, ShardInfo
+from lwm_data.engine import run_units
+from lwm_data.format.dataset import Dataset, DatasetInfo, ShardInfo
 from lwm_data.format.packed import PackedSequence
 from lwm_data.format.vocab import CODES_PER_FRAME, EOF, EOV, TextTokenizer
 from lwm_data.work_folder import examples_name
@@ -27,23 +33,35 @@ from lwm_data.work_folder import examples_name
 BLOCK = 1 << 20
 TOLERANCE = 1e-4  # of a sum of float32 weights
 MAX_PROBLEMS = 100
-ROWS_PER_STEP = 64
 
 Lines = list[tuple[int, int, int, int]]
 """Of one row in the examples table: (segment, tokens, vision tokens, trained tokens) of each example."""
 
 
-def check_dataset(dataset: Dataset, progress: Callable[[int], None]) -> list[str]:
+@dataclass(frozen=True)
+class _Checking:
+    url: str
+    info: DatasetInfo
+    tokenizer: TextTokenizer
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Of one shard. problems: at most MAX_PROBLEMS; totals: what its rows and its table add to those of the index;
+    is_read: whether that is all of it."""
+
+    problems: list[str]
+    totals: dict[str, int]
+    is_read: bool
+
+
+def check_dataset(dataset: Dataset, progress: Callable[[int], None], workers: int = 1) -> list[str]:
     """What is wrong with `dataset`, each with its shard, row and token; at most MAX_PROBLEMS. progress(rows done)."""
-    problems: list[str] = []
-    for problem in _problems(dataset, progress):
-        problems.append(problem)
-        if len(problems) == MAX_PROBLEMS:
-            return [*problems, f"stopped after {MAX_PROBLEMS} problems"]
-    return problems
+    problems = list(itertools.islice(_problems(dataset, progress, workers), MAX_PROBLEMS))
+    return [*problems, f"stopped after {MAX_PROBLEMS} problems"] if len(problems) == MAX_PROBLEMS else problems
 
 
-def _problems(dataset: Dataset, progress: Callable[[int], None]) -> Iterator[str]:
+def _problems(dataset: Dataset, progress: Callable[[int], None], workers: int) -> Iterator[str]:
     try:
         tokenizer = dataset.text_tokenizer
     except (ValueError, OSError) as error:
@@ -52,25 +70,37 @@ def _problems(dataset: Dataset, progress: Callable[[int], None]) -> Iterator[str
     info = dataset.info
     if tokenizer.vocab_size != info.text_vocab_size:
         yield f"index.json: text_vocab_size: got {info.text_vocab_size}; the tokenizer has {tokenizer.vocab_size}"
-    totals: dict[str, int] = defaultdict(int)
-    first_row = 0
-    unread = False
-    for shard in info.shards:
-        found = list(_file_problems(dataset, shard.name, shard.num_bytes, shard.sha256))
-        name = examples_name(shard.name)
-        lines: dict[int, Lines] | None = None
-        table_problems = list(_file_problems(dataset, name, None, shard.examples_sha256))
-        if not table_problems:
-            lines = _read_lines(dataset, name, totals)
-        yield from [*found, *table_problems]
-        if any("bytes" in problem or "no such file" in problem for problem in found):
-            unread = True
-        else:
-            yield from _row_problems(dataset, tokenizer, shard, first_row, lines, totals, progress)
-        unread = unread or lines is None
-        first_row += shard.num_rows
-    if not unread:
+    totals: Counter[str] = Counter()
+    is_read = True
+    numbers = range(len(info.shards))
+    checked = run_units(_check_shard, _Checking(dataset.url, info, tokenizer), numbers, workers, len(numbers))
+    with contextlib.closing(checked):  # also where nobody asks for more problems: workers end
+        for shard, of in zip(info.shards, checked, strict=True):
+            progress(shard.num_rows)
+            yield from of.problems
+            totals.update(of.totals)
+            is_read = is_read and of.is_read
+    if is_read:
         yield from _total_problems(dataset, totals)
+
+
+def _check_shard(shared: _Checking, number: int) -> _Checked:
+    dataset = Dataset(shared.url, shared.info)
+    shard = shared.info.shards[number]
+    totals: dict[str, int] = defaultdict(int)
+    problems = list(_file_problems(dataset, shard.name, shard.num_bytes, shard.sha256))
+    is_there = not any("bytes" in problem or "no such file" in problem for problem in problems)
+    name = examples_name(shard.name)
+    lines: dict[int, Lines] | None = None
+    table_problems = list(_file_problems(dataset, name, None, shard.examples_sha256))
+    if not table_problems:
+        lines = _read_lines(dataset, name, totals)
+    problems += table_problems
+    if is_there:
+        first_row = sum(of.num_rows for of in shared.info.shards[:number])
+        found = _row_problems(dataset, shared.tokenizer, shard, first_row, lines, totals)
+        problems += itertools.islice(found, MAX_PROBLEMS - len(problems))
+    return _Checked(problems, totals, is_there and lines is not None)
 
 
 def _file_problems(dataset: Dataset, name: str, num_bytes: int | None, sha256: str) -> Iterator[str]:
@@ -117,7 +147,6 @@ def _row_problems(
     first_row: int,
     lines: dict[int, Lines] | None,
     totals: dict[str, int],
-    progress: Callable[[int], None],
 ) -> Iterator[str]:
     for row in range(shard.num_rows):
         where = f"{shard.name}: row {row}"
@@ -133,8 +162,6 @@ def _row_problems(
             found = [f"cannot be read: {error}"]
         for problem in found:
             yield f"{where}: {problem}"
-        if row % ROWS_PER_STEP == ROWS_PER_STEP - 1 or row == shard.num_rows - 1:
-            progress(row % ROWS_PER_STEP + 1)
 
 
 def _check_row(packed: PackedSequence, dataset: Dataset, tokenizer: TextTokenizer) -> Iterator[str]:

@@ -96,10 +96,10 @@ def build(
 
 
 @app.command()
-def check(dataset: DatasetFolder, as_json: Json = False) -> None:
+def check(dataset: DatasetFolder, workers: Workers = 1, as_json: Json = False) -> None:
     """Check every invariant of a dataset: sizes, hashes, runs, segments, weights, counts.
 
-    Example: `lwm-data check runs/demo/dataset`
+    Example: `lwm-data check runs/demo/dataset --workers 2`
 
     Exit code 2 if anything is wrong; each problem names shard, row and token.
     """
@@ -109,7 +109,7 @@ def check(dataset: DatasetFolder, as_json: Json = False) -> None:
 
     opened = open_dataset(dataset)
     with Progress("check", len(opened), "rows") as progress:
-        problems = check_dataset(opened, progress.advance)
+        problems = check_dataset(opened, progress.advance, workers)
     if as_json:
         print(json.dumps({"rows": len(opened), "problems": problems}))
     else:

@@ -5,7 +5,8 @@
     near            b     b'           similar enough to one that stays: the first such stays
 
 Near: signatures are cut in bands (their number and width by datasketch, for the threshold), and records with an equal
-band are compared by their whole signatures. Records are taken in order, and one is a duplicate only of one that is
+band are compared by their whole signatures, each with the last CANDIDATES kept ones of a band, so that pages of one
+template take no quadratic time. Records are taken in order, and one is a duplicate only of one that is
 kept: in a chain a ~ b ~ c where a and c differ, b goes and c stays.
 
 Memory, at the peak: about 60 bytes for each record, and 40 for each band that it shares with another; 100 in all where
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64, UInt64
+from jaxtyping import Bool, Float32, Int64, UInt32, UInt64
 
 from lwm_data.folder import Folder
 from lwm_data.text_marks import PERMUTATIONS, MarksFile
@@ -30,6 +31,7 @@ from lwm_data.token_store import OPEN_FILES
 # Of datasketch's false positives and negatives: what a band lets through wrongly is compared afterwards, what it
 # misses is lost. For 0.8 that gives 14 bands of 9, which miss 0.2% of pairs at 0.89; its default misses 11%.
 WEIGHTS = (0.1, 0.9)
+CANDIDATES = 64  # kept records of a band that one is compared with, the last ones
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -101,23 +103,22 @@ def _near(
     for unit, (start, stop) in enumerate(itertools.pairwise(np.searchsorted(gone, firsts).tolist())):
         left[unit][gone[start:stop] - firsts[unit]] = False
     members, groups, num_groups = _groups(store, marks, left, firsts, lsh.b, lsh.r)
-    last = np.full(num_groups, -1, np.int64)  # of each group, the last entry of `members` that is kept
-    before = np.full(len(members), -1, np.int64)  # of such an entry, the one before it in its group
+    kept = np.zeros(len(members), np.int64)  # the records of each group that are kept, from its place in `starts` on
+    starts = np.bincount(groups, minlength=num_groups)
+    starts = np.cumsum(starts) - starts
+    ends = starts.copy()
     signatures = _Signatures(store, marks, firsts)
     found = (array("q"), array("q"), array("d"))
     borders = np.flatnonzero(np.diff(members, prepend=-1, append=-1)).tolist()
     for start, stop in itertools.pairwise(borders):
         record = int(members[start])
-        candidates = set()
-        for group in groups[start:stop].tolist():
-            entry = int(last[group])
-            while entry >= 0:
-                candidates.add(int(members[entry]))
-                entry = int(before[entry])
-        original, similarity = _first_similar(signatures, record, sorted(candidates), near)
+        own = groups[start:stop]
+        places = zip(starts[own].tolist(), ends[own].tolist(), strict=True)
+        candidates = [kept[max(first, end - CANDIDATES) : end] for first, end in places if first < end]
+        original, similarity = _first_similar(signatures, record, candidates, near)
         if original is None:
-            before[start:stop] = last[groups[start:stop]]
-            last[groups[start:stop]] = np.arange(start, stop)
+            kept[ends[own]] = record
+            ends[own] += 1
         else:
             found[0].append(record)
             found[1].append(original)
@@ -168,22 +169,27 @@ class _Signatures:
         self._store, self._marks, self._firsts = store, marks, firsts
         self._open: dict[int, np.ndarray] = {}
 
-    def __getitem__(self, record: int) -> np.ndarray:
-        unit = int(np.searchsorted(self._firsts, record, "right")) - 1
+    def of(self, records: Int64[np.ndarray, " n"]) -> UInt32[np.ndarray, "n 128"]:
+        """Those of `records`, which ascend."""
+        places = np.searchsorted(records, self._firsts)
+        units = np.flatnonzero(places[1:] > places[:-1]).tolist()
+        parts = [self._file(unit)[records[places[unit] : places[unit + 1]] - self._firsts[unit]] for unit in units]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    def _file(self, unit: int) -> np.ndarray:
         if unit not in self._open:
             if len(self._open) >= OPEN_FILES:
                 self._open.pop(next(iter(self._open)))
             self._open[unit] = MarksFile(self._store.fetch(self._marks[unit])).signatures()[0]
-        return np.asarray(self._open[unit][record - int(self._firsts[unit])])
+        return self._open[unit]
 
 
 def _first_similar(
-    signatures: _Signatures, record: int, candidates: Sequence[int], near: float
+    signatures: _Signatures, record: int, candidates: Sequence[Int64[np.ndarray, " n"]], near: float
 ) -> tuple[int | None, float]:
-    if candidates:
-        own = signatures[record]
-        for other in candidates:
-            similarity = float((signatures[other] == own).mean())
-            if similarity >= near:
-                return other, similarity
-    return None, 0.0
+    if not candidates:
+        return None, 0.0
+    others = np.unique(np.concatenate(candidates))
+    similarities = (signatures.of(others) == signatures.of(np.array([record]))).mean(axis=1)
+    first = int((similarities >= near).argmax())
+    return (int(others[first]), float(similarities[first])) if similarities[first] >= near else (None, 0.0)

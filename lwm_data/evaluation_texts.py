@@ -4,6 +4,8 @@
     answer     "The cat sat on the mat that day." 8      fewer than 13, 8 or more: the whole is looked for
     answer     "Paris"  1                                fewer than 8: not looked for, it would be everywhere
 
+A text is looked for as it would stand in a record: cleaned and tokenized as the sources are, and back in words.
+
 Hashes of 64 bits: of 10^12 words against 10^7 n-grams one in two builds would meet a false one, and name it.
 """
 
@@ -18,11 +20,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, UInt64
 
+from lwm_data.format.example import text_runs
+from lwm_data.format.vocab import TextTokenizer
 from lwm_data.manifest import Contamination
-from lwm_data.record_text import fold
+from lwm_data.manifest_sources import AnySource, Books, Clean, Text
+from lwm_data.record_text import piece_bytes, text_blocks
+from lwm_data.sources.clean import clean
 from lwm_data.sources.files import InputFile, check_unchanged, find_files, hash_file, read_text
 from lwm_data.sources.json_lines import read_json_lines
-from lwm_data.sources.record import Rejection
+from lwm_data.sources.record import Record, Rejection
 from lwm_data.words import WordNumbers, ngram_hashes, split_words
 
 FIELDS = ("question", "answer", "text")  # of a JSON line, where the manifest names none
@@ -70,33 +76,55 @@ def find_evaluation_files(contamination: Contamination) -> list[InputFile]:
     return list(found)
 
 
-def evaluation_fingerprint(contamination: Contamination, files: Sequence[InputFile]) -> str:
+def cleanings_of(sources: Sequence[AnySource]) -> list[Clean]:
+    """In which forms evaluation texts can stand in `sources`: as they are, and in each Unicode form in use."""
+    forms = {source.clean.unicode for source in sources if isinstance(source, Books | Text) and source.decontaminate}
+    return [Clean(unicode=form) for form in (None, "nfc", "nfkc") if form is None or form in forms]
+
+
+def evaluation_fingerprint(
+    contamination: Contamination, files: Sequence[InputFile], tokenizer: TextTokenizer, cleanings: Sequence[Clean]
+) -> str:
     """Of all that what is found depends on."""
     made_of = [MIN_WORDS, contamination.words, contamination.field, [(file.key, file.sha256) for file in files]]
+    made_of += [tokenizer.fingerprint, [by.unicode for by in cleanings]]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 
-def read_evaluation_texts(contamination: Contamination, files: Sequence[InputFile]) -> EvaluationTexts:
+def read_evaluation_texts(
+    contamination: Contamination, files: Sequence[InputFile], tokenizer: TextTokenizer, cleanings: Sequence[Clean]
+) -> EvaluationTexts:
     """The n-grams of `files`. ValueError where one cannot be read, or holds no text that can be looked for."""
     names: list[str] = []
     by_size: dict[int, list[tuple[np.ndarray, int]]] = {}
     num_short = 0
     number_of = WordNumbers()
+    table = piece_bytes(tokenizer)
+    least = min(MIN_WORDS, contamination.words)
     for file in files:
         num_before = len(names)
         for name, text in _texts(file, contamination.field):
-            words = split_words(fold(text))
-            size = min(contamination.words, len(words))
-            if size < min(MIN_WORDS, contamination.words):
+            is_long = False
+            for cleaned in dict.fromkeys(clean(text, by)[0] for by in cleanings):
+                words = _words_in_record(cleaned, tokenizer, table)
+                size = min(contamination.words, len(words))
+                if size >= least:
+                    by_size.setdefault(size, []).append((ngram_hashes(number_of(words), size), len(names)))
+                    is_long = True
+            if is_long:
+                names.append(name)
+            else:
                 num_short += 1
-                continue
-            by_size.setdefault(size, []).append((ngram_hashes(number_of(words), size), len(names)))
-            names.append(name)
         if len(names) == num_before:
-            least = min(MIN_WORDS, contamination.words)
             raise ValueError(f"contamination.texts: {file.path}: no text in it has {least} words, so none can be found")
         check_unchanged(file)
     return EvaluationTexts(tuple(names), tuple(_ngrams(size, by_size[size]) for size in sorted(by_size)), num_short)
+
+
+def _words_in_record(text: str, tokenizer: TextTokenizer, table: list[bytes]) -> list[str]:
+    """The words that are left of `text` once it is tokenized: a tokenizer may change or not know its characters."""
+    record = Record("", text_runs(tokenizer, [(tokenizer.encode(text), True)], eos=True))
+    return [word for block in text_blocks(record, table) for word in split_words(block)]
 
 
 def _ngrams(size: int, of_texts: list[tuple[np.ndarray, int]]) -> Ngrams:

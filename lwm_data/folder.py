@@ -15,7 +15,7 @@ import contextlib
 import errno
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -70,13 +70,16 @@ class DiskFolder:
         return (self.path / name).read_bytes()
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[Path]:
-        """A folder on a disk; the files that are put there, each whole, stand in this one when the block has ended."""
+    def writing(self, before: Callable[[], None] = lambda: None) -> Iterator[Path]:
+        """A folder on a disk; the files that are put there, each whole, stand in this one when the block has ended.
+
+        before: called before each upload, also one that is tried again; its error ends the block. On a disk never.
+        """
         yield self.path
         sync_folder(self.path)
 
-    def remove(self, names: Iterable[str]) -> None:
-        """Remove files; none need be there."""
+    def remove(self, names: Iterable[str], before: Callable[[], None] = lambda: None) -> None:
+        """Remove files; none need be there. before: as in `writing`."""
         for name in names:
             (self.path / name).unlink(missing_ok=True)
         sync_folder(self.path)
@@ -132,11 +135,11 @@ class UrlFolder:
         return bytes(retried(lambda: fs.cat_file(path)))
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[Path]:
+    def writing(self, before: Callable[[], None] = lambda: None) -> Iterator[Path]:
         with writing_folder() as folder:
             yield folder
             for file in sorted(folder.iterdir()):
-                self._upload(file)
+                self._upload(file, before)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small object unless there is one, as one step where the store can do that; whether it was written."""
@@ -158,9 +161,9 @@ class UrlFolder:
         fs, path = self._at(name)
         retried(lambda: fs.pipe_file(path, data))
 
-    def remove(self, names: Iterable[str]) -> None:
+    def remove(self, names: Iterable[str], before: Callable[[], None] = lambda: None) -> None:
         with ThreadPoolExecutor(REQUESTS) as threads:
-            list(threads.map(self._remove, names))
+            list(threads.map(lambda name: self._remove(name, before), names))
 
     def move(self, name: str, to: Folder) -> None:
         assert isinstance(to, UrlFolder)
@@ -200,14 +203,24 @@ class UrlFolder:
             return []
         return [entry for entry in listed if entry["name"].strip("/") != root.strip("/")]  # a marker of the folder
 
-    def _upload(self, file: Path) -> None:
+    def _upload(self, file: Path, before: Callable[[], None]) -> None:
         fs, path = self._at(file.name)
-        retried(lambda: fs.put_file(str(file), path))
 
-    def _remove(self, name: str) -> None:
+        def upload() -> None:
+            before()
+            fs.put_file(str(file), path)
+
+        retried(upload)
+
+    def _remove(self, name: str, before: Callable[[], None] = lambda: None) -> None:
         fs, path = self._at(name)
+
+        def remove() -> None:
+            before()
+            fs.rm_file(path)
+
         with contextlib.suppress(FileNotFoundError):
-            retried(lambda: fs.rm_file(path))
+            retried(remove)
 
 
 Folder = DiskFolder | UrlFolder

@@ -3,7 +3,8 @@
 TMPDIR/lwm-1000/writing-3f0c.../shard-000000.tar   on its way to a URL; gone afterwards, the next build removes
                                                    what a killed one left
 TMPDIR/lwm-1000/fetched/91ab.../novels-3f0c.arrow  a copy of a file behind a URL, for all workers; the ones not
-                                                   used for longest go when there are too many bytes
+                                                   used for longest go when there are too many bytes, and what a
+                                                   killed download left goes with the next one
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from uuid import uuid4
+
+from lwm_data.whole_file import remove_leftovers
 
 SHARE_OF_DISK = 0.5  # of what is free, that fetched files may take
 IN_USE = 60.0  # seconds for which a fetched file stays, so that whoever asked for it can open it
@@ -74,14 +77,12 @@ def fetched(identity: str, name: str, num_bytes: int, download: Callable[[Path],
     """
     cache = scratch_root() / "fetched"
     path = cache / hashlib.sha256(identity.encode()).hexdigest()[:32] / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{name}.tmp")  # one name, so that a killed download leaves no second one
-    if not path.exists():
-        with open(temporary, "ab") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not path.exists():  # nobody has fetched it while we waited
+    while not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked_file(temporary) as is_held:
+            if is_held and not path.exists():  # nobody has fetched it while we waited
                 _make_room(cache, num_bytes)
-                path.parent.mkdir(parents=True, exist_ok=True)
                 download(temporary)
                 if (got := temporary.stat().st_size) != num_bytes:
                     raise OSError(f"{name}: {got:,} of {num_bytes:,} bytes came")
@@ -92,8 +93,30 @@ def fetched(identity: str, name: str, num_bytes: int, download: Callable[[Path],
     return path
 
 
+@contextlib.contextmanager
+def _locked_file(path: Path) -> Iterator[bool]:
+    """Make the file `path` and lock it; whether it is still the one of that name when our turn comes."""
+    try:
+        file = open(path, "ab")  # noqa: SIM115 (closed below)
+    except FileNotFoundError:  # its folder was removed a moment ago
+        yield False
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            is_held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except FileNotFoundError:
+            is_held = False
+        yield is_held
+
+
 def _make_room(cache: Path, num_bytes: int) -> None:
-    """Remove what was not used for longest, until `num_bytes` more are within the bound."""
+    """Remove what killed downloads left, then what was not used for longest, until `num_bytes` more are within the
+    bound."""
+    for folder in cache.iterdir():
+        with contextlib.suppress(OSError):  # it holds something, or went in the meantime
+            remove_leftovers(folder)
+            folder.rmdir()
     files = []
     for path in cache.glob("*/*.arrow"):
         with contextlib.suppress(FileNotFoundError):

@@ -52,7 +52,10 @@ class StoreRef:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """What all shards of a dataset have in common. stores: files of the folder `store`, by unit number."""
+    """What all shards of a dataset have in common. stores: files of the folder `store`, by unit number.
+
+    lock: of the build's WorkFolder.
+    """
 
     out: Folder
     store: Folder
@@ -61,6 +64,7 @@ class RowFormat:
     dtype: str
     packing: Packing
     weighting: LossWeighting
+    lock: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,9 @@ class ShardRows:
 
 def write_shard_rows(form: RowFormat, shard: ShardRows) -> ShardRecord:
     """Write the shard and its examples table, then their record. Their bytes are a function of the arguments."""
-    work = WorkFolder(form.out)
+    work = WorkFolder(form.out, form.lock)
     with work.writing():
-        with form.out.writing() as folder:
+        with work.adding() as folder:
             record = _write(form, shard, folder)
         work.write_record(record)
     return record

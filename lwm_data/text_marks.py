@@ -31,7 +31,7 @@ import pyarrow as pa
 from jaxtyping import UInt32, UInt64
 
 from lwm_data.engine import Workers, run_units
-from lwm_data.evaluation_texts import EvaluationTexts, evaluation_fingerprint, read_evaluation_texts
+from lwm_data.evaluation_texts import EvaluationTexts, cleanings_of, evaluation_fingerprint, read_evaluation_texts
 from lwm_data.folder import Folder
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.manifest import DatasetManifest
@@ -44,7 +44,7 @@ from lwm_data.token_store import StoreFile
 from lwm_data.whole_file import whole_file
 from lwm_data.words import WordNumbers, ngram_hashes, split_words
 
-VERSION = 1  # raise it when the same store file gives other marks
+VERSION = 2  # raise it when the same store file gives other marks
 SHINGLE = 5  # words
 PERMUTATIONS = 128
 CHUNK = 1 << 10  # shingles that meet all permutations at a time: half a megabyte, which a cache holds
@@ -88,7 +88,10 @@ def mark_stores(
     """
     if manifest.duplicates is None and manifest.contamination is None:
         return [None] * len(names)
-    texts = evaluation_fingerprint(manifest.contamination, evaluation) if manifest.contamination else ""
+    cleanings = cleanings_of(manifest.sources)
+    texts = ""
+    if manifest.contamination:
+        texts = evaluation_fingerprint(manifest.contamination, evaluation, tokenizer, cleanings)
     units = [_unit(manifest, source, name, texts) for source, name in zip(sources, names, strict=True)]
     wanted = {unit.name: unit for unit in units if unit}
     there = store.names()
@@ -99,7 +102,7 @@ def mark_stores(
         )
         known = None
         if manifest.contamination and any(unit.evaluation for unit in missing):
-            known = read_evaluation_texts(manifest.contamination, evaluation)
+            known = read_evaluation_texts(manifest.contamination, evaluation, tokenizer, cleanings)
         num_records = 0
         for count in run_units(mark_unit, Marking(store, tokenizer, known), missing, workers, most=len(missing)):
             num_records += count
@@ -200,8 +203,7 @@ def mark_record(shared: Marking, unit: MarkUnit, record: Record) -> Marks:
     numbers = np.zeros(0, np.uint64)
     num_words = found = 0
     first: tuple[int, str, str] | None = None  # place, evaluation text, n-gram
-    for block_number, block in enumerate(text_blocks(record, shared.table)):
-        content.update(b" " if block_number else b"")
+    for block in text_blocks(record, shared.table):
         content.update(block.encode())
         if minhash is None and not ngrams:
             continue

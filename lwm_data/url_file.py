@@ -4,7 +4,7 @@
     seek           costs nothing; the next read is one request
 
 A server that knows no ranges (some of http://) sends the file from its beginning; where that breaks, it is asked again,
-and what was read before is skipped.
+and what was read before is skipped. One that does not say where the file ends is refused.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class _Stream(io.RawIOBase):
         try:
             if self._file is None:
                 self._file = cast(BinaryIO, self._fs.open(self._path, "rb", block_size=0))
+                _refuse_without_end(self._file, self._path)
                 left = self._at
                 while left:
                     skipped = len(self._file.read(min(left, WHOLE)))
@@ -94,3 +95,13 @@ class _Stream(io.RawIOBase):
                     self._file.close()
                 self._file = None
             raise
+
+
+def _refuse_without_end(file: object, path: str) -> None:
+    """ValueError where an HTTP answer ends with its connection: one that broke would look like the file's end."""
+    headers = getattr(getattr(file, "r", None), "headers", None)
+    if headers is not None and "Content-Length" not in headers and "Transfer-Encoding" not in headers:
+        raise ValueError(
+            f"{path}: the server says neither how long the file is nor where it ends, so that half of it could pass "
+            "for all; download it, and name the file on the disk"
+        )

@@ -82,12 +82,15 @@ def _is_ours(folder: Folder) -> bool:
 
 
 class WorkFolder:
-    """The folder `out`, locked for one build; a context manager. ValueError where another build holds it."""
+    """The folder `out`, locked for one build; a context manager. ValueError where another build holds it.
 
-    def __init__(self, out: Folder | Path) -> None:
+    lock: `self.lock` of the build, where a worker of it makes another object of this class.
+    """
+
+    def __init__(self, out: Folder | Path, lock: str = "") -> None:
         self.folder: Folder = DiskFolder(out) if isinstance(out, Path) else out
         self._work = self.folder.child(WORK)
-        self._lock = DiskLock(self._work.path) if isinstance(self._work, DiskFolder) else UrlLock(self._work)
+        self._lock = DiskLock(self._work.path) if isinstance(self._work, DiskFolder) else UrlLock(self._work, lock)
         self._there: dict[str, int] = {}  # name -> bytes of what stood in `out` when this build began
         self._recorded: set[str] = set()  # and of the records
 
@@ -96,6 +99,11 @@ class WorkFolder:
         """The folder's path, where it is on a disk."""
         assert isinstance(self.folder, DiskFolder), f"{self.folder} is not on a disk"
         return self.folder.path
+
+    @property
+    def lock(self) -> str:
+        """By which its workers know whether this build still holds the folder."""
+        return self._lock.key
 
     def __enter__(self) -> WorkFolder:
         refuse_foreign(self.folder)
@@ -114,10 +122,14 @@ class WorkFolder:
         """While the block lasts, no other build begins here, even if this one is killed."""
         return self._lock.writing()
 
+    def adding(self) -> contextlib.AbstractContextManager[Path]:
+        """A folder for files that stand in `out` when the block has ended; ValueError where the lock is lost."""
+        return self.folder.writing(self._lock.check)
+
     @contextlib.contextmanager
     def planned_rejected(self) -> Iterator[BinaryIO]:
         """Where the plan writes rejected.jsonl; `begin` moves it beside the index."""
-        with self._work.writing() as folder, whole_file(folder / REJECTED) as file:
+        with self._work.writing(self._lock.check) as folder, whole_file(folder / REJECTED) as file:
             yield file
 
     @property
@@ -153,15 +165,16 @@ class WorkFolder:
 
         The plan must stand: from here on there is no dataset until `finish`.
         """
-        self._lock.check()
-        self.folder.remove([INDEX])
+        check = self._lock.check
+        self.folder.remove([INDEX], check)
         work = self._work.sizes()
         if FINGERPRINT not in work or self._work.read(FINGERPRINT) != fingerprint.encode():
             self._write(FINGERPRINT, b"")
             self._keep_shards(0)
-            self.folder.remove(name for name in self.folder.sizes() if TOKENIZER_FILE.fullmatch(name))
-            self._work.remove(name for name in work if RECORD_FILE.fullmatch(name))
+            self.folder.remove((name for name in self.folder.sizes() if TOKENIZER_FILE.fullmatch(name)), check)
+            self._work.remove((name for name in work if RECORD_FILE.fullmatch(name)), check)
             self._write(FINGERPRINT, fingerprint.encode())
+        check()
         self._work.move(REJECTED, self.folder)
         self._there = self.folder.sizes()
         self._recorded = set(self._work.sizes())
@@ -183,12 +196,11 @@ class WorkFolder:
     def finish(self, info: DatasetInfo) -> None:
         """Remove what does not belong to the dataset and write the index: from here on it is one."""
         self._keep_shards(len(info.shards))
-        self._lock.check()
-        with self.folder.writing() as folder:
+        with self.adding() as folder:
             write_index(folder, info)
 
     def _write(self, name: str, data: bytes) -> None:
-        with self._work.writing() as folder, whole_file(folder / name) as file:
+        with self._work.writing(self._lock.check) as folder, whole_file(folder / name) as file:
             file.write(data)
 
     def _remove_temporaries(self) -> None:
@@ -202,7 +214,8 @@ class WorkFolder:
 
     def _keep_shards(self, num_shards: int) -> None:
         matches = (SHARD_FILE.fullmatch(name) for name in self.folder.sizes())
-        self.folder.remove(match[0] for match in matches if match is not None and int(match[1]) >= num_shards)
+        unwanted = [match[0] for match in matches if match is not None and int(match[1]) >= num_shards]
+        self.folder.remove(unwanted, self._lock.check)
 
 
 def _record_name(shard: str) -> str:

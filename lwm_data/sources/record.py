@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from lwm_data.format.example import Run
 
-
-UNREAD = "damaged file"  # the reason where the rest of a file is not read: more than one record may be lost
+UNREAD = "rest not read"  # the reason where the rest of a file is not read: more than one record may be lost
 
 
 @dataclass(frozen=True)

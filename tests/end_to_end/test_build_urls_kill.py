@@ -73,10 +73,10 @@ def test_an_outage_costs_no_more_than_the_work_of_its_time(
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
     upload = UrlFolder._upload
 
-    def upload_some(self: UrlFolder, file: Path) -> None:
+    def upload_some(self: UrlFolder, file: Path, before: Callable[[], None]) -> None:
         if file.name == "shard-000001.tar":
             s3.fail(next_requests=1000)
-        upload(self, file)
+        upload(self, file, before)
 
     with monkeypatch.context() as patch:
         patch.setattr(UrlFolder, "_upload", upload_some)

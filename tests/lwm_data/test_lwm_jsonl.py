@@ -439,13 +439,13 @@ def test_the_lines_before_the_end_of_a_truncated_archive_are_kept(
     source = _source(fields_from_example="fields")
     one, two, end = read_lwm_jsonl(source, 0, InputFile(str(path), path.name), demo_tokenizer)
     assert _flat(one) == _flat(two)
-    assert isinstance(end, Rejection) and (end.key, end.reason) == ("a.jsonl.zst:3", "damaged")
+    assert isinstance(end, Rejection) and (end.key, end.reason) == ("a.jsonl.zst:3", "rest not read")
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_what_is_no_archive_is_one_rejection(tmp_path: Path, demo_tokenizer: TextTokenizer, ending: str) -> None:
     (record,) = _read(tmp_path, demo_tokenizer, b"no archive at all", name=f"a.jsonl{ending}")
-    assert isinstance(record, Rejection) and (record.key, record.reason) == (f"a.jsonl{ending}:1", "damaged")
+    assert isinstance(record, Rejection) and (record.key, record.reason) == (f"a.jsonl{ending}:1", "rest not read")
 
 
 def test_a_line_longer_than_the_limit_is_passed_over(
@@ -481,4 +481,4 @@ def test_the_pages_lines_and_manifest_make_the_examples_it_draws(tmp_path: Path,
 def test_the_page_lists_every_reason() -> None:
     page = (ROOT / "docs" / "lwm-jsonl.md").read_text(encoding="utf-8")
     (listed,) = re.findall(r"with one of these reasons: (.*?)\. See", page, flags=re.DOTALL)
-    assert set(re.findall("`(.*?)`", listed)) == {reason for _, reason, _ in BAD_LINES} | {"damaged", "too large"}
+    assert set(re.findall("`(.*?)`", listed)) == {reason for _, reason, _ in BAD_LINES} | {"rest not read", "too large"}

@@ -53,6 +53,10 @@ def test_a_number_stands_for_a_range_of_one(project: Callable[..., Path]) -> Non
         ({"sources": [BOOKS, BOOKS]}, r"sources of different names \(two are called b\)"),
         ({"sources": [BOOKS | {"type": "boks"}]}, r"sources.0: got .*; wanted .*'books', 'text', 'chats'"),
         ({"sources": [BOOKS | {"overflo": "drop"}]}, r"sources.0.overflo: unknown key;.*did you mean `overflow`"),
+        (
+            {"sources": [BOOKS, PHOTOS | {"split": {"heldout": 0.1, "take": "train"}}]},
+            r"^\S+: sources.1.split: unknown key; wanted one of: name, share, [^\n]*, min_size, [^\n]*overflow$",
+        ),
         ({"sources": [BOOKS | {"overflow": "cut"}]}, r"sources.0.overflow: got 'cut'; wanted 'split', 'truncate'"),
         ({"sources": [BOOKS | {"tokens": {"mini": 3}}]}, r"sources.0.tokens.mini: unknown key;.*`min`"),
         (

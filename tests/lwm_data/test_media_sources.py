@@ -126,7 +126,7 @@ def test_a_damaged_parquet_beside_a_tar_is_told_once(tmp_path: Path) -> None:
         ("0.tar/a", "A."),
         ("0.tar/b", "no caption"),
         ("0.tar/c", "no caption"),
-        ("0.parquet", "damaged"),
+        ("0.parquet", "rest not read"),
     ]
 
 
@@ -194,7 +194,7 @@ def test_of_a_tar_cut_anywhere_whole_records_are_taken_and_the_cut_told_once(tmp
     for cut in range(0, 9 * 1536 - 3 * 512, 256):
         (tmp_path / "s.tar").write_bytes(data[:cut])
         *items, last = _all(_source(tmp_path / "s.tar"))
-        assert isinstance(last, Rejection) and (last.key, last.reason) == ("s.tar", "damaged")
+        assert isinstance(last, Rejection) and (last.key, last.reason) == ("s.tar", "rest not read")
         record = 2 * 1536 + 1024  # a header and two blocks; a header and two blocks; a header and one block
         num_whole = (cut + 512 - 2) // record  # its last padding is not missed
         assert [item.key for item in items if isinstance(item, MediaItem)][:num_whole] == [
@@ -207,7 +207,7 @@ def test_no_tar_is_damaged_not_fatal(tmp_path: Path) -> None:
     for content in (b"", b"text", bytes(range(256)) * 20):
         (tmp_path / "s.tar").write_bytes(content)
         (item,) = _all(_source(tmp_path / "s.tar"))
-        assert isinstance(item, Rejection) and item.reason == "damaged"
+        assert isinstance(item, Rejection) and item.reason == "rest not read"
 
 
 def test_a_packed_tar_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_damage_of_a_file_of_rows_is_told_after_what_is_whole(tmp_path: Path, en
         path.write_bytes(data[:cut])
         told = _told(_all(_source(path)))
         assert told[:-1] == whole[: len(told) - 1]
-        assert told[-1][1] == "damaged" or told == whole  # a stream without its end mark is whole
+        assert told[-1][1] == "rest not read" or told == whole  # a stream without its end mark is whole
 
 
 @pytest.mark.parametrize("ending", ["arrow", "parquet"])
@@ -305,14 +305,14 @@ def test_two_columns_of_pictures_of_one_name_are_no_pictures(tmp_path: Path) -> 
 def test_names_of_columns_that_are_not_utf_8_are_damage(tmp_path: Path) -> None:
     data = _arrow(pa.table({"jpg": [b"p"], "caption": ["A"], "abcd": [1]}), is_stream=True)
     (tmp_path / "a.arrow").write_bytes(data.replace(b"abcd", b"\xff\xfecd"))
-    assert _told(_all(_source(tmp_path / "*.arrow"))) == [("a.arrow:0", "damaged")]
+    assert _told(_all(_source(tmp_path / "*.arrow"))) == [("a.arrow:0", "rest not read")]
     _write_tar(tmp_path / "0.tar", {"a.jpg": b"p", "b.jpg": b"p", "b.txt": b"B"})
     pq.write_table(pa.table({"key": ["a"], "caption": ["A"], "abcd": [1]}), tmp_path / "0.parquet", store_schema=False)
     (tmp_path / "0.parquet").write_bytes((tmp_path / "0.parquet").read_bytes().replace(b"abcd", b"\xff\xfecd"))
     assert _told(_all(_source(tmp_path / "*.tar"))) == [
         ("0.tar/a", "no caption"),
         ("0.tar/b", "B"),
-        ("0.parquet", "damaged"),
+        ("0.parquet", "rest not read"),
     ]
 
 

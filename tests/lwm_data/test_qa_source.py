@@ -18,9 +18,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lwm_data.format.vocab import TextTokenizer
-from lwm_data.manifest_sources import Qa, Span
+from lwm_data.manifest_sources import Qa, Span, Split
 from lwm_data.qa.chunks import Chunker
 from lwm_data.sources.files import InputFile, find_files, hash_file
+from lwm_data.sources.heldout import is_heldout
 from lwm_data.sources.qa import asked_of
 from lwm_data.sources.qa_windows import TOO_FEW, Evidence, depth_of, plan_windows
 from lwm_data.sources.record import Record, Rejection
@@ -343,6 +344,19 @@ def test_a_book_that_cannot_be_read_takes_its_pairs_along(corpus: _Corpus) -> No
     of_book = sum(pair["book"] == "a.txt" for pair in corpus.pairs)
     assert reasons == {"not UTF-8": 1, "unreadable book": of_book, "filtered: no pairs": 1}
     assert sum(len(asked_of(record.key)) for record in records) == len(corpus.pairs) - of_book
+
+
+def test_a_split_leaves_out_the_books_that_it_leaves_out_of_books(corpus: _Corpus) -> None:
+    both: set[str] = set()
+    for take in ("train", "heldout"):
+        split = Split(heldout=0.5, take=take, seed=1)  # type: ignore[arg-type]
+        records, rejected = corpus.read(tokens=2000, split=split)
+        books = {book for book in corpus.texts if is_heldout(split, book) == (take == "heldout")}
+        assert {record.key.partition(".txt:")[0] + ".txt" for record in records} == books
+        assert {of.key for of in rejected if of.reason == "filtered: split"} == set(corpus.texts) - books
+        both |= books
+        assert 0 < len(books) < 3
+    assert both == set(corpus.texts)
 
 
 def test_a_unit_depends_on_its_own_books_pairs_alone(corpus: _Corpus) -> None:

@@ -102,7 +102,7 @@ def test_the_chats_before_the_end_of_a_truncated_archive_are_kept(
     lines = [pack(json.dumps({"data": [f"Hi {i}", "Hello"]}).encode() + b"\n") for i in range(3)]
     found = list(read_chats(CHATS, _file(tmp_path / "c.jsonl.zst", b"".join(lines)[:-2]), demo_tokenizer))
     assert [isinstance(record, Record) for record in found] == [True, True, False]
-    assert isinstance(found[2], Rejection) and (found[2].key, found[2].reason) == ("c.jsonl.zst:3", "damaged")
+    assert isinstance(found[2], Rejection) and (found[2].key, found[2].reason) == ("c.jsonl.zst:3", "rest not read")
 
 
 @given(parts=st.lists(st.binary(max_size=300_000), max_size=4), repeat=st.integers(1, 30))

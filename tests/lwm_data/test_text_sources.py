@@ -27,11 +27,13 @@ from lwm_data.manifest import read_dataset_manifest
 from lwm_data.manifest_sources import Clean, Split, Text
 from lwm_data.sources import json_lines
 from lwm_data.sources.clean import clean, strip_gutenberg
+from lwm_data.sources.columns import read_rows
 from lwm_data.sources.files import InputFile, find_files, open_unpacked
 from lwm_data.sources.heldout import is_heldout
 from lwm_data.sources.json_array import read_json_array
-from lwm_data.sources.record import Record, Rejection
+from lwm_data.sources.record import UNREAD, Record, Rejection
 from lwm_data.sources.text import group_texts, read_texts
+from lwm_data.sources.unit import group_input
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["Call me Ishmael.", "Ümlaut – “quoted”\nand a second line", "  a blank before"]
@@ -131,14 +133,14 @@ def test_an_array_gives_the_elements_that_the_json_module_gives(
 @pytest.mark.parametrize(
     ("data", "wanted", "reason"),
     [
-        (b'[{"a": 1}, {"a": 2', 1, "not JSON"),
-        (b'[{"a": 1} {"a": 2}]', 1, "not JSON"),
-        (b'[{"a": 1}, {"a": 2}', 2, "not JSON"),
-        (b'[{"a": 1}] []', 1, "not JSON"),
-        (b"[1, 2, nul]", 2, "not JSON"),
-        (b'[1, "\xff"]', 0, "not UTF-8"),
-        (b"[" * 100_000, 0, "not JSON"),
-        (b"{}", 0, "not JSON"),
+        (b'[{"a": 1}, {"a": 2', 1, "rest not read"),
+        (b'[{"a": 1} {"a": 2}]', 1, "rest not read"),
+        (b'[{"a": 1}, {"a": 2}', 2, "rest not read"),
+        (b'[{"a": 1}] []', 1, "rest not read"),
+        (b"[1, 2, nul]", 2, "rest not read"),
+        (b'[1, "\xff"]', 0, "rest not read"),
+        (b"[" * 100_000, 0, "rest not read"),
+        (b"{}", 0, "rest not read"),
         (b"[]", 0, None),
     ],
 )
@@ -157,7 +159,7 @@ def test_an_element_or_a_line_above_the_limit_is_a_rejection(
     monkeypatch.setattr("lwm_data.sources.json_array.MAX_LINE", 1 << 20)
     big = json.dumps([{"text": "a"}, {"text": "b" * (3 << 20)}, {"text": "c"}]).encode()
     one, two = read_texts(_source(), _file(tmp_path / "a.json", big), demo_tokenizer)
-    assert isinstance(one, Record) and isinstance(two, Rejection) and (two.key, two.reason) == ("a.json:2", "too large")
+    assert isinstance(one, Record) and isinstance(two, Rejection) and (two.key, two.reason) == ("a.json:2", UNREAD)
     monkeypatch.setattr(json_lines, "MAX_LINE", 1 << 20)
     lines = b'{"text": "a"}\n{"text": "%s"}\n{"text": "c"}\n' % (b"b" * (3 << 20))
     found = list(read_texts(_source(), _file(tmp_path / "a.jsonl", lines), demo_tokenizer))
@@ -212,7 +214,7 @@ def test_samples_of_a_tar_hold_a_text_or_json_and_a_cut_is_told(tmp_path: Path, 
             file = _file(tmp_path / f"x.tar{packed}", PACKERS[packed](data))
             found = list(read_texts(_source(field="body"), InputFile(file.path, "x.tar"), demo_tokenizer))
             told = [(of.key, of.reason if isinstance(of, Rejection) else None) for of in found]
-            last = ("x.tar", "damaged") if cut else ("x.tar/f", None)
+            last = ("x.tar", UNREAD) if cut else ("x.tar/f", None)
             assert told[-1] == last and [of for of in told[:-1]] == wanted[: len(told) - 1]
             assert cut or len(told) == 6
 
@@ -268,7 +270,7 @@ def test_every_line_before_the_damage_of_a_gz_is_kept(
     path.write_bytes(packed)
     found = list(json_lines.read_json_lines(InputFile(str(path), "a.jsonl.gz")))
     assert [line.value["text"] for line in found[:-1] if not isinstance(line, Rejection)] == texts[:member]
-    assert isinstance(found[-1], Rejection) and (found[-1].reason, len(found)) == ("damaged", member + 1)
+    assert isinstance(found[-1], Rejection) and (found[-1].reason, len(found)) == (UNREAD, member + 1)
 
 
 def test_all_that_stands_before_a_cut_of_a_gz_is_unpacked(tmp_path: Path, corpus_text: str) -> None:
@@ -277,7 +279,7 @@ def test_all_that_stands_before_a_cut_of_a_gz_is_unpacked(tmp_path: Path, corpus
     for cut in (len(packed) // 3, len(packed) - 9, len(packed) - 1):
         file = _file(tmp_path / "a.jsonl.gz", packed[:cut])
         found = list(json_lines.read_json_lines(file))
-        assert isinstance(found[-1], Rejection) and found[-1].reason == "damaged"
+        assert isinstance(found[-1], Rejection) and found[-1].reason == UNREAD
         kept = [json.dumps(line.value) for line in found[:-1] if not isinstance(line, Rejection)]
         assert kept == lines[: len(kept)] and len(kept) >= len(lines) * cut // len(packed) * 0.9 - 1
 
@@ -433,3 +435,69 @@ def test_small_files_are_few_units_and_a_new_one_changes_one(tmp_path: Path) -> 
     more = group_texts(_source(), sorted([*files, InputFile("/d/02000a.txt", "02000a.txt")], key=lambda of: of.path))
     assert len(set(units) - set(more)) == 1
     assert group_texts(_source(records="lines"), files[:3]) == [(file,) for file in files[:3]]
+
+
+def test_a_name_that_ends_as_those_of_datasets_is_a_text(tmp_path: Path, demo_tokenizer: TextTokenizer) -> None:
+    names = ["real-estate.json", "my_stats.json", "a.state.json", "state.json", "dataset_info.json", "00000_stats.json"]
+    files = [_file(tmp_path / name, b'[{"text": "a"}]') for name in names]
+    assert group_texts(_source(), files) == [(file,) for file in files[:3]]
+
+
+def test_members_of_a_tar_without_an_ending_are_told(tmp_path: Path, demo_tokenizer: TextTokenizer) -> None:
+    file = _file(tmp_path / "x.tar", _tar({"LICENSE": b"words", "a.txt": b"a", "b/chapter": b"b", "b/.hidden": b""}))
+    found = list(read_texts(_source(), file, demo_tokenizer))
+    told = {(of.key, of.reason) for of in found if isinstance(of, Rejection)}
+    assert told == {("x.tar/LICENSE", "no text"), ("x.tar/b/chapter", "no text")}
+    assert [of.key for of in found if isinstance(of, Record)] == ["x.tar/a"]
+
+
+def test_long_rows_of_a_parquet_are_held_a_few_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"{i}" * (4 << 20) for i in range(10, 30)]
+    pq.write_table(pa.table({"text": texts}), path, use_dictionary=False)
+    rows = [row for row in read_rows(InputFile(str(path), "a.parquet"), 64) if not isinstance(row, Rejection)]
+    assert [row.fields["text"][:2] for row in rows] == [text[:2] for text in texts]
+    assert max(row.batch.nbytes for row in rows) <= 32 << 20
+
+
+BROKEN = {
+    "cut.jsonl.gz": lambda rows: gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode())[:-40],
+    "cut.tar": lambda rows: _tar({f"{i}.txt": row["text"].encode() for i, row in enumerate(rows)})[:9_000],
+    "bad.json": lambda rows: json.dumps(rows).replace('"text": "12', '"text" "12').encode(),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_file_that_is_not_read_to_its_end_fails_the_build_unless_it_may(
+    project: Callable[..., Path], name: str
+) -> None:
+    manifest = project(sources=[{"name": "t", "type": "text", "path": name}], max_rejected=1)
+    (manifest.parent / name).write_bytes(BROKEN[name]([{"text": f"{i} is {i * i}."} for i in range(40)]))
+    with pytest.raises(ValueError, match=f"sources.0: 1 of its files .*damaged: keep.*:\n  {name}.*; the rest is not"):
+        build(manifest)
+    kept = build(manifest, ["damaged=keep"]).info.sources["t"]
+    assert kept.kept and kept.reasons == {"rest not read": 1}
+
+
+def test_what_a_split_leaves_out_does_not_make_bad_records_rare(project: Callable[..., Path]) -> None:
+    split = {"heldout": 0.9, "take": "train"}
+    manifest = project(sources=[{"name": "t", "type": "text", "path": "t.jsonl", "split": split}], max_rejected=0.2)
+    (manifest.parent / "t.jsonl").write_text('{"text": "a"}\n' * 200 + "{\n" * 10)
+    with pytest.raises(ValueError, match=r"sources.0: 10 of (1|2|3)?\d records are bad"):
+        build(manifest)
+
+
+def test_needles_and_books_share_a_split(project: Callable[..., Path]) -> None:
+    sides = {}
+    for take in ("train", "heldout"):
+        split = {"heldout": 0.5, "take": take}
+        needles = {"name": "n", "type": "needles", "count": 1, "haystack": "books/*.txt", "tokens": 300, "split": split}
+        books = {"name": "b", "type": "books", "path": "books/*.txt", "split": split}
+        source, other = read_dataset_manifest(project(take, sources=[needles, books])).sources
+        files = find_files(other.path, "path")  # type: ignore[union-attr]
+        (haystack,) = group_input(source, files)
+        sides[take] = {file.key for file in haystack}
+        assert sides[take] == {
+            file.key for file in files if is_heldout(Split(**split), file.key) == (take == "heldout")
+        }
+    assert sides["train"] and sides["heldout"] and not sides["train"] & sides["heldout"]

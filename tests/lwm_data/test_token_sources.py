@@ -20,7 +20,7 @@ from lwm_data.format.vocab import TextTokenizer
 from lwm_data.manifest_sources import Tokens
 from lwm_data.sources import tokens
 from lwm_data.sources.files import InputFile
-from lwm_data.sources.record import Record, Rejection
+from lwm_data.sources.record import UNREAD, Record, Rejection
 from lwm_data.sources.tokens import read_tokens
 
 BOS, EOS = 1, 2
@@ -85,23 +85,22 @@ def test_a_broken_stream_is_told_after_the_documents_before(
     records = _read(tmp_path, name, pack(whole), demo_tokenizer)
     assert [of.reason if isinstance(of, Rejection) else _ids(of) for of in records] == [
         [BOS, 5, 6, EOS],
-        "empty",
         "unknown id",
         [BOS, 7, EOS],
     ]
     cut = _read(tmp_path, name, pack(whole[:-3]), demo_tokenizer)
-    assert isinstance(cut[-1], Rejection) and cut[-1].reason == "damaged" and _ids(cut[0]) == [BOS, 5, 6, EOS]
+    assert isinstance(cut[-1], Rejection) and cut[-1].reason == UNREAD and _ids(cut[0]) == [BOS, 5, 6, EOS]
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        (b"", "damaged"),
-        (b"\x93NUMPY\x01\x00\x10\x00{'descr': evil()}", "wrong field"),
-        (b"\x93NUMPY\x01", "damaged"),
-        (b"no array at all", "damaged"),
-        (_npy([[1, 2], [3, 4]]), "wrong field"),
-        (_npy([1.5, 2.5], np.float32), "wrong field"),
+        (b"", "rest not read"),
+        (b"\x93NUMPY\x01\x00\x10\x00{'descr': evil()}", "rest not read"),
+        (b"\x93NUMPY\x01", "rest not read"),
+        (b"no array at all", "rest not read"),
+        (_npy([[1, 2], [3, 4]]), "rest not read"),
+        (_npy([1.5, 2.5], np.float32), "rest not read"),
         (_npy([-1, 5], np.int32), "unknown id"),
     ],
 )
@@ -116,7 +115,7 @@ def test_an_array_of_objects_is_never_unpickled(tmp_path: Path, demo_tokenizer: 
     raw = io.BytesIO()
     np.save(raw, np.array([{"a": 1}], object), allow_pickle=True)
     (told,) = _read(tmp_path, "a.npy", raw.getvalue(), demo_tokenizer)
-    assert isinstance(told, Rejection) and told.reason == "wrong field"
+    assert isinstance(told, Rejection) and told.reason == "rest not read"
 
 
 def test_a_document_above_the_limit_is_counted_and_not_held(
@@ -212,3 +211,34 @@ def test_columns_of_other_types_and_nulls_are_told(tmp_path: Path, demo_tokenize
 def test_a_stream_with_a_mask_is_the_user_s_error(tmp_path: Path, demo_tokenizer: TextTokenizer) -> None:
     with pytest.raises(ValueError, match=r"a\.npy: got a stream of tokens; trained and labels are for rows"):
         _read(tmp_path, "a.npy", _npy([5]), demo_tokenizer, labels="labels")
+
+
+def test_separators_that_stand_twice_are_no_documents(tmp_path: Path, demo_tokenizer: TextTokenizer) -> None:
+    stream = [EOS, BOS, EOS, BOS, 5, 6, EOS, EOS, BOS, 7, EOS, EOS]
+    records = _read(tmp_path, "a.npy", _npy(stream), demo_tokenizer)
+    assert {record.key: _ids(record) for record in records} == {"a.npy:3": [BOS, 5, 6, EOS], "a.npy:8": [BOS, 7, EOS]}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_what_the_attention_mask_calls_padding_is_no_token(
+    tmp_path: Path, demo_tokenizer: TextTokenizer, kind: str
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [5, 6, 7, 0, 0], "attention_mask": [1, 1, 1, 0, 0], "labels": [-100, 6, 7, -100, -100]},
+        {"input_ids": [EOS, EOS, BOS, 8, EOS], "attention_mask": [0, 0, 1, 1, 1], "labels": [-100, -100, 1, 8, 2]},
+        {"input_ids": [5, 6, 7], "attention_mask": None, "labels": [5, 6, 7]},
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 0, 1], "labels": [5, 6, 7]},
+        {"input_ids": [5, 6, 7], "attention_mask": [0, 0, 0], "labels": [5, 6, 7]},
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 1], "labels": [5, 6, 7]},
+        {"input_ids": [5, 6, 7], "attention_mask": [1, 2, 1], "labels": [5, 6, 7]},
+    ]
+    raw = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), raw)
+    data = raw.getvalue() if kind == "parquet" else "".join(json.dumps(row) + "\n" for row in rows).encode()
+    plain = _read(tmp_path, f"a.{kind}", data, demo_tokenizer)
+    assert [_ids(record) for record in plain[:3]] == [[BOS, 5, 6, 7, EOS], [BOS, 8, EOS], [BOS, 5, 6, 7, EOS]]
+    told = [(of.reason, of.detail) for of in plain[3:] if isinstance(of, Rejection)]
+    assert [reason for reason, _ in told] == ["wrong field", "empty", "wrong field", "wrong field"]
+    assert told[0][1] == "attention_mask.1: got 0 between ids; wanted it at the ends alone"
+    labelled = _read(tmp_path, f"a.{kind}", data, demo_tokenizer, labels="labels")
+    assert [_trained(record) for record in labelled[:2]] == [[False, False, True, True, True], [False, True, True]]

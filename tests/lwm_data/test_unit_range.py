@@ -18,7 +18,12 @@ def test_every_unit_belongs_to_exactly_one_share(num_units: int, num_shares: int
 
 @given(num_units=st.integers(0, 50), start=st.integers(0, 60), length=st.integers(1, 60))
 def test_a_stretch_is_that_of_python(num_units: int, start: int, length: int) -> None:
-    assert list(parse_unit_range(f"{start}:{start + length}").of(num_units)) == list(range(num_units))[start:][:length]
+    stretch = parse_unit_range(f"{start}:{start + length}")
+    if 0 < num_units <= start:
+        with pytest.raises(ValueError, match=f"got {start}:{start + length}; there are {num_units} units"):
+            stretch.of(num_units)
+    else:
+        assert list(stretch.of(num_units)) == list(range(num_units))[start:][:length]
 
 
 @pytest.mark.parametrize("text", ["", "0/3", "4/3", "3", "a/b", "1/0", "5:5", "7:3", "-1:3", "1/2/3", "1:", "1/3 "])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import http.server
 import io
 import threading
 from collections.abc import Callable, Iterator
@@ -183,6 +184,76 @@ def test_a_download_that_breaks_off_leaves_nothing_that_is_taken_for_whole(
         scratch.fetched("x", "x.arrow", 5, lambda path: [None, path.write_bytes(b"abcde")][0]).read_bytes() == b"abcde"
     )
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["x.arrow"]
+
+
+def test_the_next_download_removes_what_a_killed_one_left_and_not_what_is_under_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scratch, "scratch_root", lambda: tmp_path)
+    dead = tmp_path / "fetched" / "dead" / ".novels.arrow.tmp"
+    dead.parent.mkdir(parents=True)
+    dead.write_bytes(b"half of a killed download")
+
+    def inner(path: Path) -> None:
+        path.write_bytes(b"inner")
+
+    def outer(path: Path) -> None:
+        path.write_bytes(b"ou")
+        scratch.fetched("inner", "inner.arrow", 5, inner)
+        with open(path, "ab") as file:
+            file.write(b"ter")
+
+    assert scratch.fetched("outer", "outer.arrow", 5, outer).read_bytes() == b"outer"
+    left = [path for path in (tmp_path / "fetched").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in left) == ["inner.arrow", "outer.arrow"] and not dead.parent.exists()
+
+
+class _OldServer(http.server.BaseHTTPRequestHandler):
+    """Knows no ranges; says how long its answer is as `ending` tells, and breaks off when half of it is sent."""
+
+    protocol_version = "HTTP/1.1"
+    ending = ""
+    breaks = True
+
+    def do_HEAD(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        chunk = len(DATA) // 2
+        if self.ending == "length":
+            self.send_header("Content-Length", str(len(DATA)))
+        if self.ending == "chunks":
+            self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        for at in range(0, len(DATA), chunk):
+            if at and self.breaks:
+                type(self).breaks = False
+                break
+            body = DATA[at : at + chunk]
+            self.wfile.write(b"%x\r\n%b\r\n" % (len(body), body) if self.ending == "chunks" else body)
+        else:
+            self.wfile.write(b"0\r\n\r\n" if self.ending == "chunks" else b"")
+        self.close_connection = True
+
+    def log_message(self, *args: object) -> None: ...
+
+
+@pytest.mark.parametrize("ending", ["length", "chunks", "closes"])
+def test_half_an_answer_is_never_taken_for_the_file(ending: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "WAITS", (0.0,) * 3)
+    handler = type("Handler", (_OldServer,), {"ending": ending})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with open_url(f"http://127.0.0.1:{server.server_address[1]}/books.jsonl") as file:
+            if ending == "closes":
+                with pytest.raises(ValueError, match=r"books\.jsonl: the server says neither how long the file is"):
+                    file.read()
+            else:
+                assert file.read() == DATA
+        server.shutdown()
 
 
 def test_what_a_killed_process_was_writing_goes_and_what_is_written_stays(

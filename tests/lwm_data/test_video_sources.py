@@ -155,7 +155,7 @@ def test_records_of_a_tar_are_taken_or_told_as_those_of_pictures(tmp_path: Path)
         ("0.tar/b", "no video"),
         ("0.tar/c", "no caption"),
         ("0.tar/d", "D", None, None),
-        ("0.tar", "damaged"),
+        ("0.tar", "rest not read"),
     ]
 
 
@@ -303,7 +303,7 @@ def test_a_csv_that_breaks_off_is_told_and_so_are_its_bad_rows(tmp_path: Path) -
         ("l.csv:3", "wrong field"),
         ("l.csv:4", "wrong field"),
         ("l.csv:6", "not UTF-8"),
-        ("l.csv:8", "damaged"),
+        ("l.csv:8", "rest not read"),
     ]
     (tmp_path / "l.csv").write_bytes(b"path,caption\n1.mp4," + b"A" * 500_000 + b"\n1.mp4,B\n")
     usual = csv.field_size_limit()
@@ -313,7 +313,7 @@ def test_a_csv_that_breaks_off_is_told_and_so_are_its_bad_rows(tmp_path: Path) -
     ]
     assert csv.field_size_limit() == usual
     (tmp_path / "l.csv").write_bytes(b"path,caption\n1.mp4," + b"A" * (2 << 20))
-    assert _told(_all(_source(tmp_path / "l.csv"))) == [("l.csv:1", "damaged")]
+    assert _told(_all(_source(tmp_path / "l.csv"))) == [("l.csv:1", "rest not read")]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"path,caption\n", b"\x00" * 100, b'"'])
