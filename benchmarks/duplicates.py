@@ -27,7 +27,7 @@ import pyarrow as pa
 from datasketch import MinHash
 
 from lwm_data.duplicates import find_duplicates
-from lwm_data.evaluation_texts import find_evaluation_files, read_evaluation_texts
+from lwm_data.evaluation_texts import cleanings_of, find_evaluation_files, read_evaluation_texts
 from lwm_data.folder import DiskFolder
 from lwm_data.format.example import text_runs
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
@@ -44,7 +44,7 @@ WORD = re.compile(r"[^\W_]+")
 
 def ours(folder: Path, tokenizer: TextTokenizer, near: bool, evaluation: bool) -> Callable[[str], None]:
     rule = Contamination(texts=(str(DEMO / "heldout" / "*.txt"),))
-    texts = read_evaluation_texts(rule, find_evaluation_files(rule))
+    texts = read_evaluation_texts(rule, find_evaluation_files(rule), tokenizer, cleanings_of([]))
     shared = Marking(DiskFolder(folder), tokenizer, texts)
     return lambda name: void(mark_unit(shared, MarkUnit(name, "marks.arrow", near, evaluation)))
 

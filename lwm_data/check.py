@@ -12,7 +12,6 @@ A shard is a unit of work; what is found is told in the shards' order, whoever w
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 from collections import Counter, defaultdict
@@ -74,12 +73,11 @@ def _problems(dataset: Dataset, progress: Callable[[int], None], workers: int) -
     is_read = True
     numbers = range(len(info.shards))
     checked = run_units(_check_shard, _Checking(dataset.url, info, tokenizer), numbers, workers, len(numbers))
-    with contextlib.closing(checked):  # also where nobody asks for more problems: workers end
-        for shard, of in zip(info.shards, checked, strict=True):
-            progress(shard.num_rows)
-            yield from of.problems
-            totals.update(of.totals)
-            is_read = is_read and of.is_read
+    for shard, of in zip(info.shards, checked, strict=True):
+        progress(shard.num_rows)
+        yield from of.problems
+        totals.update(of.totals)
+        is_read = is_read and of.is_read
     if is_read:
         yield from _total_problems(dataset, totals)
 

@@ -86,8 +86,8 @@ def evaluation_fingerprint(
     contamination: Contamination, files: Sequence[InputFile], tokenizer: TextTokenizer, cleanings: Sequence[Clean]
 ) -> str:
     """Of all that what is found depends on."""
-    made_of = [MIN_WORDS, contamination.words, contamination.field, [(file.key, file.sha256) for file in files]]
-    made_of += [tokenizer.fingerprint, [by.unicode for by in cleanings]]
+    of_rule = [MIN_WORDS, contamination.words, contamination.field, [(file.key, file.sha256) for file in files]]
+    made_of = [of_rule, tokenizer.fingerprint, [by.unicode for by in cleanings]]
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
 
 

@@ -29,8 +29,8 @@ def _url(value: str) -> str:
     try:
         parts = urlsplit(value)
         parts.port  # noqa: B018 (ValueError where it is no number)
-    except ValueError as error:
-        raise ValueError(f"a URL ({error})") from None
+    except ValueError:  # its message may hold a password
+        raise ValueError("a URL, for instance http://127.0.0.1:8000/v1") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("http://... or https://..., for instance http://127.0.0.1:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
@@ -41,6 +41,12 @@ def _url(value: str) -> str:
 def _output(value: str) -> str:
     if not OUTPUT.fullmatch(value) or value in RESERVED:
         raise ValueError("a file's name that ends in .jsonl, .jsonl.zst or .parquet")
+    return value
+
+
+def _extra(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    if found := value.keys() & {"model", "messages", "stream"}:
+        raise ValueError(f"other keys than {', '.join(sorted(found))}: the run sets these itself")
     return value
 
 
@@ -81,7 +87,9 @@ class Parameters(ManifestModel):
     top_p: float | None = Field(default=None, gt=0, le=1)
     max_tokens: int | None = Field(default=512, ge=1)
     seed: int | None = None
-    extra: dict[str, JsonValue] = Field(default={}, description="further keys of the request, as the server knows them")
+    extra: Annotated[dict[str, JsonValue], AfterValidator(_extra)] = Field(
+        default={}, description="further keys of the request, as the server knows them"
+    )
 
 
 class Price(ManifestModel):

@@ -156,6 +156,8 @@ class Progress:
             print(f"{self._line()}{state}", file=sys.stderr, flush=True)
 
     def _rate(self) -> str:
+        if not self.done:
+            return "0/s"
         rate = self.done / max(time.monotonic() - self._start, 1e-9)
         return (
             f"{rate:,.0f}/s" if rate >= 10 else f"{rate:.2f}/s" if rate >= 0.1 else f"{1 / max(rate, 1e-9):.0f} s each"

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 
+SECRET = (("endpoint",), ("endpoint", "url"), ("endpoint", "key_env"))  # keys whose values no message repeats
 MAX_BYTES = 4 << 20  # of a manifest; what people write is some kB
 
 
@@ -163,7 +164,7 @@ def _explain(
         return f"{where}: missing; it has no default"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     of_model = error["type"] == "value_error" and isinstance(error["input"], dict)  # its input is all that stands in it
-    got = "" if of_model else f"got {error['input']!r}; "
+    got = "" if of_model or key in SECRET else f"got {error['input']!r}; "
     return f"{where}: {got}wanted {message}"
 
 

@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import sentencepiece
 from jaxtyping import Int64
 
 from lwm_data.format.vocab import TextTokenizer
+from lwm_data.sources.token_starts import encode_with_starts
 
 PARAGRAPH = re.compile(r"\n[ \t\r]*\n\s*")
 SENTENCE = re.compile(r"[.!?\u2026][\"'\u2019\u201d\u00bb)\]_*]*(\s+)|[\u3002\uff01\uff1f][\u201d\u300d\u300f]*(\s*)")
@@ -53,25 +53,20 @@ class Chunker:
 
     def __init__(self, tokenizer: TextTokenizer, chunk_tokens: int) -> None:
         self.chunk_tokens = chunk_tokens
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_bytes)
+        self._tokenizer = tokenizer
 
     def count(self, text: str) -> int:
         """Tokens of `text`."""
-        return len(self._processor.encode(text))
+        return len(self._tokenizer.encode(text))
 
     def cut(self, text: str) -> Iterator[Chunk]:
         """The chunks of `text`, in order; together they are all of it."""
-        starts = self._token_starts(text)
+        _, starts = encode_with_starts(text, self._tokenizer)
         cuts = [0, *_cuts(text, starts, self.chunk_tokens), len(starts)]
         chars = [0, *(int(starts[cut]) for cut in cuts[1:-1]), len(text)]
         for number, (begin, end) in enumerate(zip(range(len(cuts)), range(1, len(cuts)), strict=False)):
             span = (chars[begin], chars[end])
             yield Chunk(number, text[span[0] : span[1]], span, (cuts[begin], cuts[end]))
-
-    def _token_starts(self, text: str) -> Int64[np.ndarray, " n"]:
-        """Where each token begins, in characters. A character of several tokens (bytes) begins with its first."""
-        offsets = self._processor.encode(text, return_type="offset_mapping")["offsets"]
-        return np.fromiter((begin for begin, _ in offsets), np.int64, len(offsets))
 
 
 def _cuts(text: str, starts: Int64[np.ndarray, " n"], most: int) -> Iterator[int]:

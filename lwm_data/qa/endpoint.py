@@ -6,7 +6,8 @@ ask -> pause? -> budget? -> POST {url}/chat/completions -> 200  Answer
                                                            401, 403, 404, 402, no quota: RunFailed, at once
                                                            another 4xx: Failed, this chunk alone
 
-The key stands in one header, and in no message: whatever a server says is searched for it before it is kept.
+The key stands in one header, and in no message: whatever a server says is searched for it, as it is and as JSON may
+spell it, before it is kept. Of an answer only a key of SHORT_KEY characters or more is taken out: `EMPTY` is a word.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import itertools
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -36,6 +38,9 @@ MAX_RESPONSE = 8 << 20  # bytes
 SHARE_OF_429 = 0.05  # of an attempt: who asks too often among many has not failed, but must not ask for ever
 MAX_ERROR = 1 << 14  # bytes of what a server says of an error
 TOLD = 300  # characters of it that a message holds
+ESCAPED = 9  # characters of which JSON in JSON makes one, at most
+SHORT_KEY = 8  # characters; a shorter one is hidden in errors alone
+MAX_TOKENS = 1 << 40  # of one answer; a server that tells of more tells nothing
 CONNECTS = 3  # attempts while no server was ever there
 REMEDIES = {
     401: "the key is wrong or missing; name the environment variable that holds it in endpoint.key_env",
@@ -86,14 +91,20 @@ _Found = Answer | Failed | _Again
 
 
 class EndpointClient:
-    """An endpoint with its connections; an async context manager. ValueError where `key_env` names nothing."""
+    """An endpoint with its connections; an async context manager. ValueError where `key_env` names nothing.
 
-    def __init__(self, endpoint: Endpoint, spending: Spending, count: Callable[[str], int]) -> None:
+    count: tokens of a text. tell: called, now and then, with the seconds for which the server still wants no request.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, spending: Spending, count: Callable[[str], int], tell: Callable[[float], None]
+    ) -> None:
         self.endpoint, self.spending, self._count = endpoint, spending, count
         self.structured: bool | None = {"auto": None, "always": True, "never": False}[endpoint.structured]
         self._probe = asyncio.Lock()  # the first request finds out whether the server knows schemas
         self._key = _key(endpoint.key_env)
-        self._pause, self._draw = Pause(), random.Random()
+        self._spelled_key = _spelled(self._key)
+        self._pause, self._draw = Pause(tell), random.Random()
         self._was_there = False
 
     async def __aenter__(self) -> EndpointClient:
@@ -145,9 +156,10 @@ class EndpointClient:
             if isinstance(found, Failed):
                 return replace(found, attempts=attempt)
             if not self._was_there and attempt >= CONNECTS:
-                raise RunFailed(
-                    f"endpoint.url: got {self.endpoint.url}: {found.detail}; start the server, or name another"
-                )
+                remedy = "start the server, or name another"
+                if found.reason == "timeout":
+                    remedy = "raise it where the server is slow (it may be loading its model), or name another"
+                raise RunFailed(f"endpoint.url: got {self.endpoint.url}: {found.detail}; {remedy}")
             spent += found.share
             if spent >= self.endpoint.attempts:
                 return Failed(found.reason, f"{found.detail} (request {attempt}, the last)", "", attempt)
@@ -185,8 +197,11 @@ class EndpointClient:
             if (wait := exhausted(headers, usual)) is not None:
                 self._pause.extend(wait)
             return self._answer(data)
-        told = data[: MAX_ERROR + len(self._key)].decode("utf-8", "replace")  # so that no key is cut in two and kept
-        told = " ".join(self._hide(told)[:MAX_ERROR].split())
+        border = ESCAPED * len(self._key)
+        told = self._hide(data[: MAX_ERROR + border].decode("utf-8", "replace"))
+        if border and len(data) > MAX_ERROR + border:
+            told = told[:-border]  # so that no key is cut in two and kept
+        told = " ".join(told[:MAX_ERROR].split())
         said = f"{status} {told[:TOLD]}".strip()
         if status == HTTPStatus.TOO_MANY_REQUESTS:
             if "insufficient_quota" in told:
@@ -218,7 +233,7 @@ class EndpointClient:
             self.spending.charge(usage["prompt_tokens"], usage["completion_tokens"])
         if not text or not text.strip():
             return _Again("empty answer", f"an empty answer (finish_reason {finish_reason or 'not given'})")
-        return Answer(self._hide(text), finish_reason, usage, 0, False)
+        return Answer(self._hide(text, SHORT_KEY), finish_reason, usage, 0, False)
 
     def _estimate(self, messages: Messages, text: str) -> dict[str, int]:
         read, written = sum(self._count(message["content"]) for message in messages), self._count(text)
@@ -238,10 +253,11 @@ class EndpointClient:
             return _Again("no connection", told)
         return _Again("broken answer" if isinstance(error, ValueError) else "broken connection", told)
 
-    def _hide(self, text: str) -> str:
-        """`text` without the key, and without halves of surrogate pairs, which JSON can spell and UTF-8 cannot."""
+    def _hide(self, text: str, shortest: int = 1) -> str:
+        """`text` without a key of at least so many characters, and without halves of surrogate pairs, which JSON can
+        spell and UTF-8 cannot."""
         text = text.encode("utf-8", "replace").decode()
-        return text.replace(self._key, "[key]") if self._key else text
+        return self._spelled_key.sub("[key]", text) if len(self._key) >= shortest else text
 
 
 def usage_of(read: int, written: int, estimated: bool = False) -> dict[str, int]:
@@ -255,9 +271,16 @@ def _usage(response: Any) -> dict[str, int]:
     if not isinstance(told, dict):
         return {}
     read, written = told.get("prompt_tokens"), told.get("completion_tokens")
-    if not isinstance(read, int) or not isinstance(written, int) or min(read, written) < 0:
+    if not isinstance(read, int) or not isinstance(written, int):
         return {}
-    return usage_of(read, written)
+    if min(read, written) < 0 or max(read, written) > MAX_TOKENS:
+        return {}
+    return usage_of(int(read), int(written))
+
+
+def _spelled(key: str) -> re.Pattern[str]:
+    r"""`key`, also with what JSON, and JSON in JSON, puts in it: `\/`, `\"`, `\u002f`."""
+    return re.compile("".join(rf"(?:\\{{0,3}}{re.escape(of)}|\\{{1,3}}u(?i:{ord(of):04x}))" for of in key))
 
 
 def _key(name: str | None) -> str:

@@ -1,5 +1,6 @@
 """What a pair must be to be kept; each reason is one of few, to be counted. docs/qa.md explains the rules.
 
+broken pair                                without a question or an answer
 question or answer too short, too long     characters
 speaks of the text                         `according to the passage`, `in this excerpt`, `the author`, by language
 ambiguous without the chunk                `he`, `this`, `the narrator` with nothing before it that it could mean
@@ -83,6 +84,8 @@ NAMELESS: Mapping[str, re.Pattern[str]] = {
 
 def pair_problem(pair: Pair, chunk: str, language: str, gates: Gates) -> tuple[str, str] | None:
     """Why `pair` about `chunk` cannot be kept: a reason, one of few, and the detail. None: it can."""
+    if pair.problem:
+        return "broken pair", pair.problem
     for name, text, (least, most) in (
         ("question", pair.question, gates.question_characters),
         ("answer", pair.answer, gates.answer_characters),

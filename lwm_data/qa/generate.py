@@ -21,14 +21,12 @@ from typing import Any
 
 from lwm_data.format.vocab import load_text_tokenizer
 from lwm_data.manifest_qa import read_prompt, read_qa_manifest
-from lwm_data.qa.answers import parse_answer
-from lwm_data.qa.books import Book, read_books
+from lwm_data.qa.books import CUTS, Book, read_books
 from lwm_data.qa.chunks import Chunk, Chunker
 from lwm_data.qa.endpoint import EndpointClient, Failed, OutOfBudget
-from lwm_data.qa.gates import pair_problem
 from lwm_data.qa.in_process import InProcessClient, model_name
 from lwm_data.qa.journal import JOURNAL, Journal
-from lwm_data.qa.pairs import Run, chunk_key, missing_verdicts, verdict_key, write_pairs
+from lwm_data.qa.pairs import Run, checked_pairs, chunk_key, missing_verdicts, verdict_key, write_pairs
 from lwm_data.qa.prompts import judge_messages, pair_messages
 from lwm_data.qa.spending import Spending
 from lwm_data.qa.summary import Summary
@@ -63,7 +61,8 @@ def generate(path: str | Path, overrides: Sequence[str] = (), retry_failed: bool
         model = manifest.endpoint.model
     out = Path(manifest.out)
     with _locked(out):
-        remove_leftovers(out)
+        for folder in (out, out / CUTS):
+            remove_leftovers(folder)
         books, bad_books = read_books(manifest, tokenizer, prompt.languages)
         journal = Journal(out / JOURNAL)
         run = Run(manifest, prompt, model, tokenizer.fingerprint, journal)
@@ -73,7 +72,7 @@ def generate(path: str | Path, overrides: Sequence[str] = (), retry_failed: bool
         try:
             asyncio.run(asking.ask_all(books, num_todo))
         finally:
-            if len(journal) or not num_todo:
+            if len(journal) or not num_todo or asking.out_of_budget:
                 counts = write_pairs(run, books, bad_books)
         return Summary(manifest, counts, asking.spending, asking.seconds, asking.out_of_budget)
 
@@ -130,17 +129,21 @@ class _Asking:
         try:
             if num_todo:
                 with Progress("ask", num_todo, "chunks") as progress:
-                    async with self._client() as client:
+                    async with self._client(progress) as client:
                         await self._ask_all(client, self.todo(books), progress)
         finally:
             await journal.close()
 
-    def _client(self) -> EndpointClient | InProcessClient:
+    def _client(self, progress: Progress) -> EndpointClient | InProcessClient:
         manifest = self.run.manifest
         if manifest.in_process is not None:
             return InProcessClient(manifest.in_process, self.spending)
         assert manifest.endpoint is not None
-        return EndpointClient(manifest.endpoint, self.spending, self.chunker.count)
+
+        def tell(seconds: float) -> None:
+            progress.advance(0, f"waiting {seconds:,.0f} s, the server asks for it")
+
+        return EndpointClient(manifest.endpoint, self.spending, self.chunker.count, tell)
 
     async def _ask_all(
         self, client: EndpointClient | InProcessClient, todo: Iterator[_Work], progress: Progress
@@ -191,10 +194,8 @@ class _Asking:
         # All gates are passed at the end, from the journal; a third of a chunk's time here would go to them.
         if not manifest.gates.judge and self.num_answers > CHECK_ALL and self.num_answers % CHECK_EACH:
             return
-        pairs = parse_answer(entry["raw"])
         self.num_checked += 1
-        for pair in pairs:
-            problem = pair_problem(pair, work.chunk.text, work.book.language, manifest.gates)
+        for pair, problem in checked_pairs(run, work.book, work.chunk, entry["raw"]):
             self.num_pairs += 1
             self.num_rejected += problem is not None
             if problem or not manifest.gates.judge:
@@ -227,6 +228,9 @@ class _Asking:
         }
         if isinstance(answer, Failed):
             entry |= {"kind": "failed", "reason": answer.reason, "detail": answer.detail}
+            if answer.reason == "refused":  # a server that refuses this chunk is there for others
+                await run.journal.add(entry)
+                return entry
             self.held.append(entry)
             if len(self.held) >= MAX_FAILED:
                 raise RunFailed(

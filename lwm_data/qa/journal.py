@@ -22,6 +22,12 @@ from lwm_data.whole_file import sync_folder
 JOURNAL = "journal.jsonl"
 MAX_LINE = 64 << 20  # bytes
 MAX_WAITING = 1024  # lines
+NEEDED = {
+    "answer": {"raw", "time", "finish_reason", "usage"},
+    "judge": {"raw"},
+    "failed": {"raw", "reason", "detail"},
+}  # by kind
+USAGE = ("prompt_tokens", "completion_tokens")
 
 
 class Journal:
@@ -108,8 +114,10 @@ class Journal:
                     break
                 try:
                     entry = json.loads(line)
-                    if entry["kind"] not in ("answer", "failed", "judge"):
-                        raise ValueError("kind")
+                    if missing := NEEDED[entry["kind"]] - entry.keys():
+                        raise ValueError(f"no {min(missing)}")
+                    if entry["kind"] == "answer" and not all(0 <= entry["usage"][name] < 1 << 62 for name in USAGE):
+                        raise ValueError("usage")
                     self._note(entry, place)
                 except (ValueError, KeyError, TypeError, RecursionError) as error:
                     raise ValueError(

@@ -11,11 +11,12 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
-LONGEST = 3600.0  # seconds; what a server asks for beyond it is taken for a mistake
+LONGEST = 3600.0  # seconds; a server that asks for more is asked again after them
+TELL_EVERY = 5.0  # seconds between two notes that all wait
 FIRST = 0.5  # seconds before the second attempt
 PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|h|m|s)")
 SECONDS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
@@ -28,10 +29,10 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
         return min(float(value), LONGEST)
     try:
         when = parsedate_to_datetime(value)
-    except (ValueError, TypeError, IndexError):
+        when = when if when.tzinfo else when.replace(tzinfo=UTC)
+        return min(max((when - datetime.fromtimestamp(now, UTC)).total_seconds(), 0.0), LONGEST)
+    except (ValueError, TypeError, IndexError, OverflowError):
         return None
-    when = when if when.tzinfo else when.replace(tzinfo=UTC)
-    return min(max((when - datetime.fromtimestamp(now, UTC)).total_seconds(), 0.0), LONGEST)
 
 
 def duration(value: str) -> float | None:
@@ -63,10 +64,10 @@ def backoff(attempt: int, longest: float, draw: random.Random) -> float:
 
 
 class Pause:
-    """Holds back all requests while the server says so; not one of them asks by itself."""
+    """Holds back all requests while the server says so; not one of them asks by itself. tell: seconds that are left."""
 
-    def __init__(self) -> None:
-        self._until = 0.0
+    def __init__(self, tell: Callable[[float], None]) -> None:
+        self._until, self._tell = 0.0, tell
 
     def extend(self, seconds: float) -> None:
         """No request for so long."""
@@ -75,4 +76,6 @@ class Pause:
     async def wait(self) -> None:
         """Return once requests may be sent."""
         while (left := self._until - time.monotonic()) > 0:
-            await asyncio.sleep(left * random.uniform(1.0, 1.05) + 0.001)
+            if left > TELL_EVERY:
+                self._tell(left)
+            await asyncio.sleep(min(left * random.uniform(1.0, 1.05) + 0.001, TELL_EVERY))

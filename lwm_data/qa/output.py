@@ -1,4 +1,7 @@
-"""The file of pairs, written whole: JSON lines, the same compressed, or Parquet, by the name's ending."""
+"""The file of pairs, written whole: JSON lines, the same compressed, or Parquet, by the name's ending.
+
+.outputs     names under which a run wrote pairs here, so that one whose manifest names another removes the stale file
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
+from lwm_data.manifest_qa import OUTPUT
 from lwm_data.whole_file import whole_file
 
+OUTPUTS = ".outputs"
 GROUP = 1000  # pairs of a Parquet row group, which are in memory at a time
 SPAN = pa.list_(pa.int64())
 FIELDS = {
@@ -31,7 +36,7 @@ FIELDS = {
     "model": pa.string(),
     "prompt": pa.string(),
     "prompt_version": pa.int64(),
-    "parameters": None,  # as the manifest has them
+    "parameters": pa.string(),  # JSON: their types are whatever the manifest has
     "time": pa.string(),
     "usage": pa.struct({"prompt_tokens": pa.int64(), "completion_tokens": pa.int64(), "estimated": pa.bool_()}),
 }
@@ -40,11 +45,26 @@ Write = Callable[[dict[str, Any]], None]
 
 
 @contextlib.contextmanager
-def pair_file(path: Path, parameters: dict[str, Any]) -> Iterator[Write]:
+def only_output(out: Path, name: str) -> Iterator[None]:
+    """Once the block, which writes out/name, has ended well, what earlier runs wrote under other names is gone."""
+    noted = out / OUTPUTS
+    names = {*noted.read_text(encoding="utf-8").split(), name} if noted.is_file() else {name}
+    with whole_file(noted) as file:
+        file.write("\n".join(sorted(names)).encode())
+    yield
+    for old in names - {name}:
+        if OUTPUT.fullmatch(old):
+            (out / old).unlink(missing_ok=True)
+    with whole_file(noted) as file:
+        file.write(name.encode())
+
+
+@contextlib.contextmanager
+def pair_file(path: Path) -> Iterator[Write]:
     """A function that writes one pair, of the keys FIELDS, to `path`; it stands there only once the block ends well."""
     with whole_file(path) as file:
         if path.suffix == ".parquet":
-            with _parquet(file, parameters) as write:
+            with _parquet(file) as write:
                 yield write
         elif path.suffix == ".zst":
             with zstandard.ZstdCompressor(level=10).stream_writer(file, closefd=False) as packed:
@@ -58,14 +78,13 @@ def _line(file: BinaryIO | zstandard.ZstdCompressionWriter, row: dict[str, Any])
 
 
 @contextlib.contextmanager
-def _parquet(file: BinaryIO, parameters: dict[str, Any]) -> Iterator[Write]:
-    fields = FIELDS | {"parameters": pa.infer_type([parameters])}
-    schema = pa.schema(list(fields.items()))
+def _parquet(file: BinaryIO) -> Iterator[Write]:
+    schema = pa.schema(list(FIELDS.items()))
     rows: list[dict[str, Any]] = []
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
 
         def write(row: dict[str, Any]) -> None:
-            rows.append(row)
+            rows.append(row | {"parameters": json.dumps(row["parameters"], ensure_ascii=False)})
             if len(rows) >= GROUP:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                 rows.clear()

@@ -2,7 +2,7 @@
 
 raw answer -> parse -> gates -> judge's verdict -> asked before? -> qa.jsonl
                 |        |            |                |
-                +--------+------------+----------------+--------> rejected.jsonl, with reason and raw answer
+                +--------+------------+----------------+--------> rejected.jsonl, with reason; raw answer once
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lwm_data.qa.books import Book
 from lwm_data.qa.chunks import Chunk
 from lwm_data.qa.gates import normalised, pair_problem
 from lwm_data.qa.journal import Journal
-from lwm_data.qa.output import pair_file
+from lwm_data.qa.output import only_output, pair_file
 from lwm_data.qa.prompts import answer_key, judge_key, prompt_fingerprint
 from lwm_data.sources.record import Rejection
 from lwm_data.terminal import Progress
@@ -29,6 +29,7 @@ from lwm_data.whole_file import whole_file
 
 REJECTED = "rejected.jsonl"
 NOT_JUDGED = "not judged yet"
+MOST = 4  # times as many pairs as were asked for: what an answer holds beyond is not looked at
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,22 @@ def verdict_key(run: Run, book: Book, answer: str, pair: Pair) -> str:
     return judge_key(answer, run.prompt.languages[book.language], pair)
 
 
+def checked_pairs(run: Run, book: Book, chunk: Chunk, raw: str) -> Iterator[tuple[Pair, tuple[str, str] | None]]:
+    """The pairs of an answer, and what the gates say of each: reason and detail, or None."""
+    asked = run.manifest.pairs_per_chunk
+    for number, pair in enumerate(parse_answer(raw)):
+        if number < MOST * asked:
+            yield pair, pair_problem(pair, chunk.text, book.language, run.manifest.gates)
+        else:
+            yield pair, ("more pairs than asked", f"number {number + 1:,}, {asked} asked")
+
+
 def missing_verdicts(run: Run, book: Book, chunk: Chunk, key: str, retry_failed: bool) -> bool:
     """Whether the judge must still be asked about a pair of the answered `chunk`."""
     entry = run.journal.get(key)
     assert entry is not None
-    for pair in parse_answer(entry["raw"]):
-        if pair_problem(pair, chunk.text, book.language, run.manifest.gates) is None:
+    for pair, problem in checked_pairs(run, book, chunk, entry["raw"]):
+        if problem is None:
             verdict = verdict_key(run, book, key, pair)
             if verdict not in run.journal or (retry_failed and run.journal.has_failed(verdict)):
                 return True
@@ -102,8 +113,9 @@ def write_pairs(run: Run, books: Sequence[Book], bad_books: Sequence[Rejection])
     counts = Counts(len(books), Counter(book.reason for book in bad_books), Counter())
     out = Path(run.manifest.out)
     with (
+        only_output(out, run.manifest.output),
         whole_file(out / REJECTED) as rejected,
-        pair_file(out / run.manifest.output, run.parameters) as write,
+        pair_file(out / run.manifest.output) as write,
         Progress("write", len(books), "books") as progress,
     ):
 
@@ -132,7 +144,7 @@ def write_pairs(run: Run, books: Sequence[Book], bad_books: Sequence[Rejection])
                     counts.answered += 1
                     counts.input_tokens += entry["usage"]["prompt_tokens"]
                     counts.output_tokens += entry["usage"]["completion_tokens"]
-                    is_judged = True
+                    is_judged, ended = True, {"finish_reason": entry["finish_reason"], "raw": entry["raw"]}
                     for number, pair, problem in _verdicts(run, book, chunk, key, entry["raw"], asked):
                         if problem is None:
                             counts.pairs += 1
@@ -142,8 +154,8 @@ def write_pairs(run: Run, books: Sequence[Book], bad_books: Sequence[Rejection])
                         is_judged = is_judged and reason != NOT_JUDGED
                         counts.rejected[reason] += 1
                         told = {"question": pair.question, "answer": pair.answer}
-                        ended = {"finish_reason": entry["finish_reason"], "raw": entry["raw"]}
                         reject(id=_id(book, chunk, number), **where, **told, reason=reason, detail=detail, **ended)
+                        ended = {}  # an answer of many pairs stands with the first of them that is not kept
                     counts.remaining += not is_judged
             progress.advance(1, f"{counts.pairs:,} pairs")
     return counts
@@ -153,11 +165,9 @@ def _verdicts(
     run: Run, book: Book, chunk: Chunk, key: str, raw: str, asked: set[str]
 ) -> Iterator[tuple[int, Pair, tuple[str, str] | None]]:
     """Each pair of an answer with its number and why it is not kept; one empty pair where the answer has none."""
-    pairs = parse_answer(raw)
-    if not pairs:
-        yield 0, Pair("", ""), ("no pair in the answer", f"{len(raw):,} characters")
-    for number, pair in enumerate(pairs):
-        problem = pair_problem(pair, chunk.text, book.language, run.manifest.gates)
+    nothing = ("no pair in the answer", f"{len(raw):,} characters")
+    pairs = [*checked_pairs(run, book, chunk, raw)] or [(Pair("", ""), nothing)]
+    for number, (pair, problem) in enumerate(pairs):
         if problem is None and run.manifest.gates.judge:
             problem = _verdict(run, verdict_key(run, book, key, pair))
         question = normalised(pair.question)

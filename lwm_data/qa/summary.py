@@ -78,6 +78,9 @@ class Summary:
         said = f"{counts.pairs:,} pairs in {out / self.manifest.output}"
         if counts.rejected or counts.bad_books or counts.failed:
             said += f"; what was not kept is in {out / REJECTED}"
-        if self.out_of_budget:
+        if self.out_of_budget and not self.spending.requests:
+            read, written = self.spending.usual_tokens()
+            said += f"\nthe budget holds no request: one may take {read + written:,.0f} tokens; raise `budget`"
+        elif self.out_of_budget:
             said += f"\nthe budget is spent; {counts.remaining:,} chunks remain: run the same command to go on"
         return said

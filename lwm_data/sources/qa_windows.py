@@ -209,13 +209,20 @@ class _Planner:
             order.sort(key=lambda number: (self._pairs[number].start, self._pairs[number].stop, number))
         if self._rule.order != "interleaved":
             return tuple((number, stop) for number in order)
-        last = int(np.searchsorted(self._borders, stop))
+        possible = self._undivided(taken, stop)
         places = [stop]  # the first of those drawn is asked at the end, so that all of the context is for a question
         for number in order[1:]:
-            soonest = int(np.searchsorted(self._borders, self._pairs[number].stop))
-            chosen = soonest if self._rng.random() < 0.5 else self._rng.randint(soonest, last)
-            places.append(int(self._borders[chosen]))
+            soonest = int(np.searchsorted(possible, self._pairs[number].stop))
+            chosen = soonest if self._rng.random() < 0.5 else self._rng.randint(soonest, len(possible) - 1)
+            places.append(int(possible[chosen]))
         return tuple(sorted(zip(order, places, strict=True), key=lambda asked: asked[1]))
+
+    def _undivided(self, taken: list[int], stop: int) -> Int64[np.ndarray, " m"]:
+        """The borders up to `stop` that lie within the evidence of none of the pairs `taken`."""
+        borders = self._borders[: np.searchsorted(self._borders, stop, "right")]
+        begun = np.searchsorted(np.sort(self._starts[taken]), borders)
+        ended = np.searchsorted(np.sort(self._stops[taken]), borders, "right")
+        return borders[begun <= ended]
 
     def _take(self, window: Window) -> None:
         self._windows.append(window)

@@ -225,3 +225,21 @@ def test_a_dataset_on_s3_is_read_by_ranges(
         loader = Loader([dataset], [1.0], 0, 4, make_mesh(MeshSpec()), "contiguous")
         batches.append(loader.batch(3))
     np.testing.assert_array_equal(np.asarray(batches[0].tokens), np.asarray(batches[1].tokens))
+
+
+def test_damage_behind_a_url_is_told_alike_by_one_worker_and_by_two(
+    project: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, url = build(project()), f"{BUCKET}/data"
+    first, second = (here.out / here.info.shards[number].name for number in (0, 1))
+    data = bytearray(first.read_bytes())
+    data[len(data) // 3] ^= 1
+    first.write_bytes(data)
+    second.write_bytes(second.read_bytes()[:-1])
+    to_s3(here.out, url)
+    told = []
+    for workers in (1, 2):
+        assert run_app(app, ["check", url, "--workers", str(workers), "--json"]) == 2
+        told.append(json.loads(capsys.readouterr().out)["problems"])
+    assert told[0] == told[1]
+    assert f"{first.name}: sha256 is" in told[0][0] and any(f"{second.name}: " in problem for problem in told[0])

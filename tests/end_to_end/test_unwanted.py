@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
@@ -144,6 +145,39 @@ def test_duplicates_and_evaluation_texts_are_looked_for_in_all_sources(project: 
     assert found["chats", "same"] == ("duplicate", "the same text as chats other-3, which is kept")
     assert info.sources["needles"].rejected == 0, "needles share their haystack: they are not compared"
     assert sum(info.rejected[reason] for reason in ("duplicate", "near duplicate", "contaminated")) == len(found)
+
+
+def test_haystacks_and_books_of_evaluation_text_are_left_out_of_needles_and_qa(project: Project) -> None:
+    sources = [
+        {"name": "needles", "type": "needles", "count": 5, "haystack": "books/book0.txt", "tokens": 400},
+        {"name": "other", "type": "needles", "count": 5, "haystack": "books/book1.txt", "tokens": 400},
+        {"name": "qa", "type": "qa", "path": "qa.jsonl", "books": "books/*.txt", "tokens": 500, "max_trained": 1},
+    ]
+    manifest = project(sources=sources, contamination={"texts": ["books/book0.txt"]}, row_length=512, max_rejected=0)
+    pairs = []
+    for book in ("book0.txt", "book1.txt"):
+        text = (manifest.parent / "books" / book).read_text(encoding="utf-8")
+        pair = {"id": book, "question": "Who?", "answer": "Alice.", "book": book, "chunk": 0, "chars": [0, 600]}
+        digests = {"book_sha256": hashlib.sha256(text.encode()), "chunk_sha256": hashlib.sha256(text[:600].encode())}
+        pairs.append(pair | {key: digest.hexdigest() for key, digest in digests.items()})
+    write(manifest.parent, {"qa.jsonl": "".join(json.dumps(pair) + "\n" for pair in pairs)})
+    info = build(manifest).info
+    found = {key: reason for key, (reason, _) in rejected(manifest.parent / "out").items() if reason == "contaminated"}
+    assert {name for name, _ in found} == {"needles", "qa"} and len(found) == 5 + 1
+    assert next(key for name, key in found if name == "qa").startswith("book0.txt:")
+    assert info.sources["other"].rejected == 0
+
+
+def test_a_cleaned_source_is_searched_for_what_its_cleaning_makes_of_evaluation_texts(project: Project) -> None:
+    text = "The \ufb01rst o\ufb03cer found a \ufb02ag in the \ufb01eld behind his house."
+    sources = [
+        {"name": "cleaned", "type": "text", "path": "texts/*.txt", "clean": {"unicode": "nfkc"}, "deduplicate": False},
+        {"name": "raw", "type": "text", "path": "texts/*.txt", "deduplicate": False},
+    ]
+    manifest = project(sources=sources, contamination={"texts": ["eval/*.txt"], "words": 8})
+    write(manifest.parent, {"eval/a.txt": text, "texts/a.txt": f"It is told: {text}", "texts/b.txt": "Another text."})
+    build(manifest)
+    assert {key for key in rejected(manifest.parent / "out")} == {("cleaned", "a.txt"), ("raw", "a.txt")}
 
 
 def test_workers_change_no_byte_and_a_second_build_marks_nothing(project: Project) -> None:

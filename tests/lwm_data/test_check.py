@@ -22,7 +22,6 @@ from lwm_data.format.packed import PackedSequence
 from lwm_data.format.shard import ShardWriter
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.sources.record import Record
-from tests.s3_server import BUCKET, to_s3
 
 ROW = 640
 Damage = Callable[[PackedSequence], None]
@@ -168,17 +167,8 @@ def test_each_damage_of_a_row_is_found_with_its_place(dataset: Dataset, damage: 
     assert all(problem.startswith(("shard-000000.tar: row 0: ", "index.json: ")) for problem in problems), problems
 
 
-@pytest.mark.parametrize("at_url", [False, True])
-def test_two_workers_find_what_one_finds_in_the_same_order(
-    dataset: Dataset, at_url: bool, request: pytest.FixtureRequest
-) -> None:
-    """Of damage in rows, in a file's bytes, of a table that is gone, and of totals."""
-    url, seen = dataset.url, []
-    if at_url:
-        request.getfixturevalue("s3")
-        url = f"{BUCKET}/checked"
-        to_s3(Path(dataset.url), url)
-    assert check_dataset(open_dataset(url), seen.append, workers=2) == [] and sum(seen) == len(dataset)
+def test_two_workers_find_what_one_finds_in_the_same_order(dataset: Dataset) -> None:
+    """Of damage in a row, in a file's bytes, and of totals."""
     index = _index(dataset) | {"num_tokens": 7}
     (Path(dataset.url) / "index.json").write_text(json.dumps(index))
     _rewrite_row(dataset, _set_token(lambda row: 3, 1024))
@@ -186,12 +176,11 @@ def test_two_workers_find_what_one_finds_in_the_same_order(
     data = bytearray(path.read_bytes())
     data[len(data) // 3] ^= 1
     path.write_bytes(data)
-    if at_url:
-        to_s3(Path(dataset.url), url)
-    alone, together = (check_dataset(open_dataset(url), lambda rows: None, workers=workers) for workers in (1, 2))
-    assert alone == together
+    seen: list[int] = []
+    alone, together = (check_dataset(open_dataset(dataset.url), seen.append, workers) for workers in (1, 2))
+    assert alone == together and sum(seen) == 2 * len(dataset)
     assert alone[0].startswith("shard-000000.tar: row 0: token 3: id 1024") and "shard-000001.tar: sha256" in alone[1]
-    assert alone[-1].startswith("index.json: tokens: got 7;") or any("cannot be read" in line for line in alone)
+    assert any(problem.startswith("index.json: tokens: got 7;") for problem in alone)
 
 
 def test_problems_without_end_stop_both_ways(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lwm_data import duplicates
 from lwm_data.duplicates import EXACT, find_duplicates
 from lwm_data.folder import DiskFolder
 from lwm_data.format.example import text_runs
@@ -123,6 +124,32 @@ def test_a_text_equal_to_a_near_duplicate_names_the_one_that_is_kept(
     like = " ".join([*words[:-1], "other"])
     gone = found(tmp_path, demo_tokenizer, [[" ".join(words), like, like]])
     assert {record: kept for record, (kept, _) in gone.items()} == {1: 0, 2: 0}
+
+
+def test_pages_of_one_template_are_compared_with_a_few_only_and_real_duplicates_found(
+    tmp_path: Path, demo_tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(4)
+    template = [rng.choice(VOCABULARY) for _ in range(75)]
+    pages = [template + [rng.choice(VOCABULARY) for _ in range(15)] for _ in range(300)]
+    texts = [" ".join(page) for page in pages] + [" ".join([*pages[i], "more"]) for i in range(0, 300, 30)]
+    num_compared = []
+    of = duplicates._Signatures.of
+
+    def counted(self: duplicates._Signatures, records: np.ndarray) -> np.ndarray:
+        num_compared.append(len(records))
+        return of(self, records)
+
+    monkeypatch.setattr(duplicates._Signatures, "of", counted)
+    monkeypatch.setattr(duplicates, "CANDIDATES", 2)
+    gone = found(tmp_path, demo_tokenizer, [texts])
+    assert max(num_compared) <= 14 * 2, "14 bands at 0.8"
+    assert all(300 + i in gone for i in range(10))
+    few = sum(num_compared)
+    num_compared.clear()
+    monkeypatch.setattr(duplicates, "CANDIDATES", 10**6)
+    found(tmp_path, demo_tokenizer, [texts])
+    assert sum(num_compared) > 3 * few, "the pages do meet in common bands"
 
 
 def test_short_texts_and_texts_without_words(tmp_path: Path, demo_tokenizer: TextTokenizer) -> None:

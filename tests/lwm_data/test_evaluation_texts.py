@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
+import unicodedata
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lwm_data import record_text
-from lwm_data.evaluation_texts import find_evaluation_files, read_evaluation_texts
+from lwm_data.evaluation_texts import (
+    cleanings_of,
+    evaluation_fingerprint,
+    find_evaluation_files,
+    read_evaluation_texts,
+)
 from lwm_data.folder import DiskFolder
 from lwm_data.format.example import text_runs
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.manifest import Contamination
+from lwm_data.manifest_sources import Clean, Text
+from lwm_data.sources.clean import clean
 from lwm_data.sources.record import Record
 from lwm_data.text_marks import Marking, MarkUnit, mark_record
 
@@ -23,11 +34,18 @@ UNIT = MarkUnit("store.arrow", "marks.arrow", near=False, evaluation=True)
 
 
 def search(
-    folder: Path, tokenizer: TextTokenizer, text: str, words: int = 13, field: str | None = None
+    folder: Path,
+    tokenizer: TextTokenizer,
+    text: str,
+    words: int = 13,
+    field: str | None = None,
+    cleaned: Clean | None = None,
 ) -> tuple[int, str | None, str | None]:
-    """(found, evaluation text, first n-gram) of `text` against all files in `folder`."""
+    """(found, evaluation text, first n-gram) of `text`, of a source `cleaned`, against all files in `folder`."""
     rule = Contamination(texts=(f"{folder}/*",), words=words, field=field)
-    texts = read_evaluation_texts(rule, find_evaluation_files(rule))
+    source = Text(name="source", type="text", path="*.txt", clean=cleaned or Clean())
+    texts = read_evaluation_texts(rule, find_evaluation_files(rule), tokenizer, cleanings_of([source]))
+    text = clean(text, source.clean)[0]
     record = Record("key", text_runs(tokenizer, [(tokenizer.encode(text), True)], eos=True))
     marks = mark_record(Marking(DiskFolder(folder), tokenizer, texts), UNIT, record)
     return marks.found, marks.evaluation, marks.ngram
@@ -86,6 +104,49 @@ def test_a_field_may_be_named(tmp_path: Path, demo_tokenizer: TextTokenizer) -> 
 def test_chinese_has_words_too(tmp_path: Path, demo_tokenizer: TextTokenizer) -> None:
     (tmp_path / "a.txt").write_text("這是最好的時代，這是最壞的時代。", encoding="utf-8")
     assert search(tmp_path, demo_tokenizer, "他說這是最好的時代，這是最壞的時代。")[0] == 2
+
+
+LIGATURES = "The \ufb01rst o\ufb03cer found \u00bd a \ufb02ag in the \ufb01eld, \u2460 of \uff14\uff12"
+ACCENTS = "The caf\u00e9's se\u00f1or owed the \u00fcbermensch fifty z\u0142oty for a cr\u00e8me in Krak\u00f3w"
+
+
+@pytest.mark.parametrize("form", ["nfc", "nfkc", None])
+def test_text_is_found_whichever_form_its_source_is_cleaned_to(
+    tmp_path: Path, demo_tokenizer: TextTokenizer, form: Literal["nfc", "nfkc"] | None
+) -> None:
+    (tmp_path / "a.txt").write_text(LIGATURES, encoding="utf-8")
+    found = search(tmp_path, demo_tokenizer, f"He said: {LIGATURES}.", words=8, cleaned=Clean(unicode=form))
+    assert found[0] > 0 and found[1] == "a.txt"
+    plain = unicodedata.normalize("NFKC", LIGATURES)
+    assert (search(tmp_path, demo_tokenizer, plain, words=8, cleaned=Clean(unicode=form))[0] > 0) == (form == "nfkc")
+
+
+@pytest.mark.parametrize("text", [LIGATURES, ACCENTS, unicodedata.normalize("NFD", ACCENTS)])
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nmt_nfkc_cf", "identity"])
+def test_text_is_found_whatever_the_tokenizer_makes_of_it(tmp_path: Path, rule: str, text: str) -> None:
+    """SentencePiece's own defaults: it normalises, and what it does not know becomes `<unk>`."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["it was the best of times and the worst of them"] * 20),
+        model_writer=model,
+        vocab_size=40,
+        model_type="bpe",
+        normalization_rule_name=rule,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = TextTokenizer("small", model.getvalue(), 1, 2)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    found = search(tmp_path, tokenizer, f"And it was the best: {text} and more of the times", words=8)
+    assert found[0] > 0 and found[1] == "a.txt"
+    assert search(tmp_path, tokenizer, "It was the best of times, it was the worst of them.", words=8)[0] == 0
+
+
+def test_the_fingerprint_tells_tokenizers_and_forms_apart(demo_tokenizer: TextTokenizer) -> None:
+    rule = Contamination(texts=("*.txt",))
+    other = TextTokenizer("demo", demo_tokenizer.model_bytes, demo_tokenizer.bos, demo_tokenizer.eos + 1)
+    ways = [(demo_tokenizer, [Clean()]), (other, [Clean()]), (demo_tokenizer, [Clean(), Clean(unicode="nfkc")])]
+    assert len({evaluation_fingerprint(rule, [], *way) for way in ways}) == 3
 
 
 def test_many_ngrams_are_found_and_no_others(tmp_path: Path, demo_tokenizer: TextTokenizer) -> None:

@@ -44,7 +44,8 @@ def _books(draw: st.DrawFn) -> tuple[np.ndarray, list[Evidence]]:
     borders = np.cumsum([0, *sizes])
     pairs = []
     for number in draw(st.lists(st.integers(0, len(sizes) - 1), max_size=30)):
-        stop = min(int(borders[number + 1]) + draw(st.integers(0, 1)), int(borders[-1]))
+        chunks = draw(st.integers(1, 3))  # more than one: pairs of another cutting, whose evidence overlaps
+        stop = min(int(borders[min(number + chunks, len(sizes))]) + draw(st.integers(0, 1)), int(borders[-1]))
         num_trained = draw(st.integers(1, 8))
         pairs.append(Evidence(int(borders[number]), stop, num_trained + draw(st.integers(1, 12)), num_trained))
     return borders, pairs
@@ -89,6 +90,7 @@ def test_every_pair_is_asked_once_after_its_evidence_in_a_window_of_bounded_toke
         if rule.order == "interleaved":
             assert places == sorted(places) and places[-1] == window.stop
             assert all(pair.stop <= place for pair, place in zip(of, places, strict=True))
+            assert not any(pair.start < place < pair.stop for pair in of for place in places)
         else:
             assert set(places) == {window.stop}
         if rule.order == "reading":
@@ -309,7 +311,7 @@ def test_evidence_is_whole_where_a_tokenizer_changes_its_text(tmp_path: Path, co
 
 def test_what_is_no_usable_pair_is_rejected_with_its_reason(corpus: _Corpus) -> None:
     whole = len(corpus.pairs)
-    good = corpus.pairs[0]
+    good, last = corpus.pairs[0], corpus.pairs[-1]
     corpus.pairs += [
         good | {"id": "1", "book_sha256": "0" * 64},
         good | {"id": "2", "chars": [good["chars"][0], good["chars"][1] - 1]},
@@ -320,6 +322,8 @@ def test_what_is_no_usable_pair_is_rejected_with_its_reason(corpus: _Corpus) -> 
         good | {"id": "7", "chunk_sha256": "f"},
         good | {"id": "8", "question": "\ud800?"},
         good | {"id": "9", "answer": "word " * 3000},
+        good | {"id": "10", "chars": [2**39, 2**39 + 1], "chunk_sha256": hashlib.sha256(b"").hexdigest()},
+        last | {"id": "11", "book": "c.txt", "chars": [last["chars"][0], last["chars"][1] + 1000]},
         good,
     ]
     corpus.other_lines = ["{", "[1]"]
@@ -330,9 +334,11 @@ def test_what_is_no_usable_pair_is_rejected_with_its_reason(corpus: _Corpus) -> 
         ("3", "no such book"),
         *((str(i), "broken pair") for i in range(4, 9)),
         ("9", "filtered: too long"),
+        ("10", "other chunk"),
+        ("11", "other chunk"),
         (good["id"], "pair given twice"),
-        (f"qa.jsonl:{whole + 11}", "not JSON"),
-        (f"qa.jsonl:{whole + 12}", "not an object"),
+        (f"qa.jsonl:{whole + 13}", "not JSON"),
+        (f"qa.jsonl:{whole + 14}", "not an object"),
     }
     assert sum(len(asked_of(record.key)) for record in records) == whole
 

@@ -50,7 +50,7 @@ def reference_text(text: str) -> str:
 def test_the_blocks_are_the_text_that_went_in(demo_tokenizer: TextTokenizer, text: str) -> None:
     decoded = demo_tokenizer.decode(demo_tokenizer.encode(text))
     blocks = text_blocks(record_of(demo_tokenizer, text), piece_bytes(demo_tokenizer))
-    assert " ".join(blocks).split() == unicodedata.normalize("NFC", decoded).split()
+    assert "".join(blocks) == " ".join(unicodedata.normalize("NFC", decoded).split())
 
 
 def test_where_blocks_are_cut_changes_no_mark(
@@ -73,6 +73,19 @@ def test_a_stretch_without_blanks_is_read_in_bounded_memory(
     monkeypatch.setattr(record_text, "MAX_WORD", 1000)
     blocks = list(text_blocks(record_of(demo_tokenizer, "x" * 50_000), piece_bytes(demo_tokenizer)))
     assert "".join(blocks) == "x" * 50_000 and max(map(len, blocks)) < 3000
+
+
+@pytest.mark.parametrize("word", ["x" * 9000, "e\u0301" * 3000, "\u1100\u1161\u11a8" * 2000, "a\tb\u3000c" * 900])
+def test_where_a_stretch_without_blanks_is_cut_changes_no_content(
+    demo_tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    wanted = hashlib.blake2b(reference_text(word).encode(), digest_size=16).digest()
+    monkeypatch.setattr(record_text, "BLOCK_CHARS", 1)
+    monkeypatch.setattr(record_text, "MAX_WORD", 1000)
+    for block_tokens in (1, 100, 997):
+        monkeypatch.setattr(record_text, "BLOCK_TOKENS", block_tokens)
+        assert marks_of(demo_tokenizer, word).content == wanted
+        assert marks_of(demo_tokenizer, f"\n{word}").content == wanted
 
 
 def test_a_longer_book_takes_no_more_memory(demo_tokenizer: TextTokenizer, corpus_text: str) -> None:

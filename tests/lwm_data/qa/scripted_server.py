@@ -63,8 +63,10 @@ class ScriptedServer:
     reply: Callable[[Asked], str] = reply
     error: Callable[[Asked], str] = lambda asked: f"wrong, {asked.headers.get('authorization')}"
     latency: float = 0.0
+    retry_after: str = "0.05"
     knows_schema: bool = True
     headers: dict[str, str] = field(default_factory=dict)  # of answers
+    usage: dict[str, int] = field(default_factory=lambda: {"prompt_tokens": 1000, "completion_tokens": 50})
     log: list[Asked] = field(default_factory=list)
     most_at_once: int = 0
     url: str = ""
@@ -112,7 +114,7 @@ class ScriptedServer:
             "choices": [
                 {"index": 0, "message": {"role": "assistant", "content": asked.content}, "finish_reason": "stop"}
             ],
-            "usage": {"prompt_tokens": 1000, "completion_tokens": 50},
+            "usage": self.usage,
         }
         data = json.dumps(told).encode()
         if outcome == "broken json":
@@ -121,7 +123,7 @@ class ScriptedServer:
         if outcome == "no schema":
             status, data = "400 Bad Request", b'{"error": "response_format is not supported"}'
         elif outcome == "429":
-            status, data, extra = "429 Too Many Requests", b'{"error": "slow down"}', {"Retry-After": "0.05"}
+            status, data, extra = "429 Too Many Requests", b'{"error": "slow down"}', {"Retry-After": self.retry_after}
         elif outcome.isdigit():
             status, data = f"{outcome} Wrong", self.error(asked).encode()
         lines = "".join(f"{name}: {value}\r\n" for name, value in extra.items())

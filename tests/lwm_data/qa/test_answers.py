@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lwm_data.qa.answers import Pair, parse_answer, parse_verdict
@@ -34,7 +34,13 @@ OTHER = '{"question": "Where?", "answer": "At sea"}'
         ("Q: Who is it? A: Ahab", [WHO]),
         ('{"pairs": [{"question": "Who is it?", "ans', []),
         ("I cannot do that.", []),
-        ('{"pairs": [{"question": null, "answer": "x"}, 3, []]}', []),
+        (f"Wanted: {ONE}. Here:\n{{'x': 1}} {{\"pairs\": [{OTHER}]}}", TWO),  # an echoed example comes first
+        (f'{{"pairs": [{ONE}]}} and {{"pairs": [{OTHER}]}}', TWO),
+        (f"{ONE}\nQ: Where?\nA: At sea", TWO),
+        ('{"Pairs": [{"Question": "Who is it?", "ANSWER": "Ahab"}]}', [WHO]),
+        ("{{'question': 'Who is it?', 'answer': 'Ahab'}}", [WHO]),
+        (f"{OTHER} hm </think>{ONE}", [WHO]),
+        ('{"question": "What is [a, b, ] then?", "answer": "x, }y"}', [Pair("What is [a, b, ] then?", "x, }y")]),
         ("[" * 100_000, []),
         ('{"a":' * 5000, []),
     ],
@@ -43,7 +49,67 @@ def test_pairs_are_found(raw: str, pairs: list[Pair]) -> None:
     assert parse_answer(raw) == pairs
 
 
-@given(st.text(st.sampled_from("{}[]\"':,\\ \nQA:questionanswer1\ud800"), max_size=200))
+@pytest.mark.parametrize(
+    ("raw", "questions"),
+    [
+        ('{"pairs": [{"question": null, "answer": "x"}, 3, []]}', ["", "", ""]),
+        ('[{"question": "Who?"}, {"question": "Where?", "answer": ["x"]}, {"answer": null}]', ["Who?", "Where?", ""]),
+        ("{'question': 'Who?', 'answer': 0x" + "f" * 5000 + "}", ["Who?"]),
+        ("Q: Who?\nQ: Where?", ["Who?", "Where?"]),
+    ],
+)
+def test_what_is_meant_as_a_pair_and_is_none_has_a_problem(raw: str, questions: list[str]) -> None:
+    pairs = parse_answer(raw)
+    assert [pair.question for pair in pairs] == questions
+    assert all(pair.problem for pair in pairs)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        "*" * 500_000,
+        "<think>" * 140_000,
+        "Q: x" + " " * 500_000 + "y",
+        "Q" + " " * 500_000,
+        "Q: " + "A " * 50_000,
+        "{x" * 100_000,
+        "['" * 50_000,
+        "{'a':" * 2_000,
+        "[{'a':(" * 90 + "'",
+        "," + " ," * 100_000,
+        "Q1" + "1" * 100_000,
+    ],
+)
+def test_long_answers_are_read_in_one_pass(raw: str) -> None:
+    parse_answer(raw)  # a pattern that goes back over these takes minutes to hours
+
+
+PIECES = [
+    "{",
+    "}",
+    "{{",
+    "[",
+    "]",
+    '"',
+    "'",
+    ":",
+    ",",
+    "\\",
+    " ",
+    "\n",
+    "Q:",
+    "A:",
+    "question",
+    "answer",
+    "pairs",
+    "0x",
+]
+
+
+@given(st.text() | st.lists(st.sampled_from([*PIECES, "'question': 'Who?',", "1", "\ud800", "<think>"])).map("".join))
+@example("{{'question': 'Who?', 'answer': 'Ahab'}}")
+@example("{'question': 'Who?', 'answer': 0x" + "f" * 5000 + "}")
+@example("{" + "'a'" + "-" * 9000 + "}")
 def test_no_answer_is_an_error(raw: str) -> None:
     for pair in parse_answer(raw):
         json.dumps([pair.question, pair.answer], ensure_ascii=False).encode()

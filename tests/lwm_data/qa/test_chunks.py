@@ -1,6 +1,8 @@
 """Chunks tile a book, in characters and in tokens, and end where a reader would end them."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 from lwm_data.format.vocab import TextTokenizer
 from lwm_data.qa.chunks import Chunk, Chunker
-from tests.conftest import DEMO
+from tests.conftest import DEMO, ROOT
 
 
 def cut(tokenizer: TextTokenizer, text: str, chunk_tokens: int) -> list[Chunk]:
@@ -72,3 +74,21 @@ def test_a_title_or_an_initial_ends_no_sentence(demo_tokenizer: TextTokenizer) -
 def test_a_paragraph_comes_before_a_sentence(demo_tokenizer: TextTokenizer) -> None:
     text = "He came in and sat down there.\n\nShe saw him. It was so. " + "All of them went away then. " * 4
     assert cut(demo_tokenizer, text, 20)[0].text == "He came in and sat down there.\n\n"
+
+
+def test_a_book_is_cut_in_little_memory() -> None:
+    text = (DEMO / "novels" / "alice_in_wonderland.txt").read_text(encoding="utf-8")
+    program = f"""
+import resource
+from lwm_data.format.vocab import load_text_tokenizer
+from lwm_data.qa.chunks import Chunker
+text = open({str(DEMO / "novels" / "alice_in_wonderland.txt")!r}, encoding="utf-8").read()
+chunker = Chunker(load_text_tokenizer("tokenizers/demo-text.yaml"), 1000)
+sum(1 for _ in chunker.cut(text[:50_000]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sum(1 for _ in chunker.cut(text * 16))
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / len(text * 16))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert len(text) > 100_000
+    assert float(ran.stdout) < 110  # bytes a character; by the tokenizer's own offsets it is 180

@@ -303,6 +303,7 @@ def test_a_book_that_cannot_be_asked_about_is_named(make: Make, tmp_path: Path) 
         ({"output": "rejected.jsonl"}, "file's name"),
         ({"out": "s3://x/y"}, "folder on disk"),
         ({"gates": {"answer_characters": [5, 2]}}, "the least first"),
+        ({"parameters": {"extra": {"stream": True}}}, "stream: the run sets"),
         ({"endpoint": {"key_env": "NO_SUCH_KEY"}}, "export NO_SUCH_KEY"),
     ],
 )
@@ -335,3 +336,136 @@ def test_a_key_at_the_border_of_what_is_kept_of_an_error_is_not_kept_in_part(
     assert generate(make(max_chunks=12, endpoint={"key_env": "QA_KEY"})).counts.failed > 0
     for path in (tmp_path / "out").glob("*.jsonl"):
         assert "sk-" not in path.read_text(encoding="utf-8").replace("risk-", "")
+
+
+@pytest.mark.parametrize("raw", ["{{'question': 'Who?', 'answer': 'Ahab'}}", "{'answer': 0x" + "f" * 5000 + "}"])
+def test_a_strange_answer_ends_no_run(make: Make, server: ScriptedServer, raw: str) -> None:
+    server.reply = lambda asked: raw
+    for _ in range(2):
+        counts = generate(make(max_chunks=2)).counts
+        assert (counts.answered, counts.pairs, counts.rejected.total()) == (4, 0, 4)
+    assert len(server.log) == 4
+
+
+def test_a_budget_below_one_request_stops_cleanly_and_says_so(
+    make: Make, server: ScriptedServer, tmp_path: Path
+) -> None:
+    summary = generate(make(budget={"tokens": 1}))
+    assert (summary.out_of_budget, summary.counts.remaining, server.log) == (True, 80, [])
+    assert "the budget holds no request" in summary.closing()
+    assert (tmp_path / "out" / "qa.jsonl").read_bytes() == b""
+
+
+def test_a_book_that_the_server_refuses_is_passed(make: Make, server: ScriptedServer) -> None:
+    server.faults = lambda number, asked: "400" if number < 40 else None
+    manifest = make()
+    counts = generate(manifest).counts
+    assert counts.failed >= 20 and counts.answered == 80 - counts.failed
+    asked = len(server.log)
+    assert generate(manifest).counts == counts and len(server.log) == asked
+    assert generate(manifest, retry_failed=True).counts.answered == 80
+
+
+@pytest.mark.parametrize("spelled", ["/", "\\/", "\\u002f", "\\\\/", "\\u002F"])
+def test_a_key_is_hidden_however_json_spells_it(
+    make: Make, server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: str
+) -> None:
+    monkeypatch.setenv("QA_KEY", 'sk-Secret/"Key+123')
+    key = 'sk-Secret/"Key+123'.replace("/", spelled).replace('"', '\\"')
+    server.reply = lambda asked: f"Your key is {key}."
+    server.error = lambda asked: f'{{"error": "key {key} {"x" * 20_000}"}}'
+    server.faults = lambda number, asked: "400" if "White Rabbit" in asked.chunk else None
+    counts = generate(make(max_chunks=4, endpoint={"key_env": "QA_KEY"})).counts
+    assert counts.failed > 0 and counts.answered > 0
+    for path in (tmp_path / "out").glob("*.jsonl"):
+        assert "Secret" not in path.read_text(encoding="utf-8")
+
+
+def test_a_short_key_is_no_word_that_answers_lose(
+    make: Make, server: ScriptedServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("QA_KEY", "a")
+    generate(make(max_chunks=4, endpoint={"key_env": "QA_KEY"}))
+    raws = Counter(entry["raw"] for entry in rows(tmp_path / "out" / "journal.jsonl"))
+    assert raws == Counter(asked.content for asked in server.answered())
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        {"url": "http://me:hunter2@x/v1"},
+        {"url": "http://me:hunter2/y@x/v1"},
+        {"url": "https://x/v1?api_key=hunter2"},
+        {"key_env": "sk-hunter2"},
+    ],
+)
+def test_a_refused_manifest_repeats_no_key(make: Make, endpoint: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"endpoint\.(url|key_env)") as error:
+        generate(make(endpoint=endpoint))
+    assert "hunter2" not in str(error.value)
+
+
+def test_a_wait_that_the_server_asks_for_is_told(
+    make: Make, server: ScriptedServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lwm_data.qa.limits.TELL_EVERY", 0.1)
+    monkeypatch.setattr("lwm_data.terminal.LINE_EVERY", 0.0)
+    server.faults = lambda number, asked: "429" if number == 0 else None
+    server.retry_after = "0.6"
+    assert generate(make(max_chunks=2)).counts.answered == 4
+    assert "waiting 1 s, the server asks for it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tokens", [10**400, 2**63, 2**62, -1])
+@pytest.mark.parametrize("output", ["qa.jsonl", "qa.parquet"])
+def test_usage_that_cannot_be_is_counted_here(make: Make, server: ScriptedServer, tokens: int, output: str) -> None:
+    server.usage = {"prompt_tokens": tokens, "completion_tokens": 1}
+    counts = generate(make(max_chunks=3, output=output)).counts
+    assert counts.answered == 6 and counts.pairs > 0
+    assert 0 < counts.input_tokens < 6 * 3000
+
+
+def test_more_pairs_than_asked_are_counted_and_the_answer_is_kept_once(
+    make: Make, server: ScriptedServer, tmp_path: Path
+) -> None:
+    pairs = [{"question": f"Which is number {i} of the many?", "answer": "it is"} for i in range(300)]
+    server.reply = lambda asked: json.dumps({"pairs": pairs})
+    counts = generate(make(max_chunks=2, pairs_per_chunk=2, gates={"grounded": 0})).counts
+    assert counts.rejected["more pairs than asked"] == 4 * (300 - 8)
+    assert counts.pairs + counts.rejected.total() == 4 * 300
+    told = rows(tmp_path / "out" / "rejected.jsonl")
+    assert [row["id"] for row in told if "raw" in row] == [
+        next(row["id"] for row in told if (row["book"], row["chunk"]) == of)
+        for of in dict.fromkeys((row["book"], row["chunk"]) for row in told)
+    ]
+
+
+def test_parquet_holds_whatever_parameters_there_are(make: Make, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    extra = {"big": 2**70, "mixed": [1, "a", None], "empty": {}, "deep": {"x": [{"y": []}, {"z": 1}]}}
+    generate(make(max_chunks=3, output="pairs.parquet", parameters={"extra": extra}))
+    kept = pq.read_table(tmp_path / "out" / "pairs.parquet").to_pylist()
+    assert kept and all(json.loads(row["parameters"]).items() >= extra.items() for row in kept)
+
+
+def test_another_output_leaves_no_stale_one(make: Make, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    generate(make(max_chunks=2))
+    (out / "mine.jsonl").write_text("mine")
+    generate(make(max_chunks=2, output="pairs.parquet"))
+    generate(make(max_chunks=2, output="a.jsonl.zst"))
+    assert {path.name for path in out.iterdir() if path.suffix in (".jsonl", ".zst", ".parquet")} == {
+        "journal.jsonl",
+        "rejected.jsonl",
+        "mine.jsonl",
+        "a.jsonl.zst",
+    }
+
+
+def test_leftovers_of_a_kill_are_removed(make: Make, tmp_path: Path) -> None:
+    generate(make(max_chunks=1))
+    left = tmp_path / "out" / "cuts" / ".x.npy.0.tmp"
+    left.write_bytes(b"half")
+    generate(make(max_chunks=1))
+    assert not left.exists()

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from lwm_data.qa.journal import Journal
 
 
 def entry(number: int, kind: str = "answer", raw: str = "é\n\u2028") -> dict[str, Any]:
-    return {"key": hashlib.sha256(str(number).encode()).hexdigest()[:32], "kind": kind, "raw": f"{number} {raw}"}
+    said = {"raw": f"{number} {raw}", "reason": "5xx", "detail": "", "time": "", "finish_reason": "stop"}
+    usage = {"prompt_tokens": 1, "completion_tokens": 1}
+    return {"key": hashlib.sha256(str(number).encode()).hexdigest()[:32], "kind": kind, "usage": usage} | said
 
 
 def write(path: Path, entries: list[dict[str, Any]]) -> None:
@@ -71,3 +74,11 @@ def test_a_line_that_no_run_wrote_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "j").write_text(line + "\n")
     with pytest.raises(ValueError, match=r"j:1: not a line of a journal"):
         Journal(tmp_path / "j")
+
+
+def test_a_line_that_lacks_what_a_run_needs_is_named(tmp_path: Path) -> None:
+    line = entry(0)
+    for name in ("usage", "raw"):
+        (tmp_path / "j").write_text(json.dumps({key: of for key, of in line.items() if key != name}) + "\n")
+        with pytest.raises(ValueError, match=rf"j:1: not a line of a journal \(no {name}\); remove this line"):
+            Journal(tmp_path / "j")

@@ -23,6 +23,7 @@ NOW = 1_700_000_000.0  # Tue, 14 Nov 2023 22:13:20 GMT
         ("soon", None),
         ("", None),
         ("-3", None),
+        ("Tue, 14 Nov 2023 22:13:50 +99999999999999", None),
     ],
 )
 def test_both_forms_of_retry_after_are_understood(value: str, seconds: float | None) -> None:
