@@ -338,7 +338,9 @@ def test_a_key_at_the_border_of_what_is_kept_of_an_error_is_not_kept_in_part(
         assert "sk-" not in path.read_text(encoding="utf-8").replace("risk-", "")
 
 
-@pytest.mark.parametrize("raw", ["{{'question': 'Who?', 'answer': 'Ahab'}}", "{'answer': 0x" + "f" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "raw", ["{{'question': 'Who?', 'answer': 'Ahab'}}", "{'question': 'Who?', 'answer': 0x" + "f" * 5000 + "}"]
+)
 def test_a_strange_answer_ends_no_run(make: Make, server: ScriptedServer, raw: str) -> None:
     server.reply = lambda asked: raw
     for _ in range(2):
