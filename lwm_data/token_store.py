@@ -36,7 +36,7 @@ BATCH_TOKENS = 1 << 22  # a batch is written once it has this many
 BATCH_RECORDS = 1 << 14
 OPEN_FILES = 128  # memory maps kept at a time
 MAPPED_BYTES = 1 << 25  # about what of them is in memory at a time
-TOUCHED_BYTES = 1 << 18  # in memory for one record, or more: its columns lie apart, and the system maps pages around each
+TOUCHED_BYTES = 1 << 18  # of one record, or more: its columns lie apart, and the system maps pages around each
 
 SCHEMA = pa.schema(
     [

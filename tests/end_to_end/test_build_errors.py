@@ -108,7 +108,8 @@ def test_a_row_that_is_not_there(project: Callable[..., Path], fails: Callable[.
 
 def test_wrong_options(project: Callable[..., Path], fails: Callable[..., str]) -> None:
     assert "--workers: got 0; wanted 1 or more" in fails("build", project(), "--workers", 0)
-    assert "KIND: got datset; wanted dataset, qa, qa_prompt, text_tokenizer, vision_tokenizer" in fails("schema", "datset")
+    kinds = "dataset, qa, qa_prompt, text_tokenizer, vision_tokenizer"
+    assert f"KIND: got datset; wanted {kinds}" in fails("schema", "datset")
     assert "--set row_length: wanted key=value" in fails("build", project(), "--set", "row_length")
 
 

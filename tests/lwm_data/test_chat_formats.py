@@ -150,7 +150,10 @@ def test_a_turn_that_has_no_partner_at_an_end_is_left_out_and_told(turns: Any, k
         (_said(("user", "a"), ("user", "b"), ("assistant", "c")), "roles do not alternate"),
         (_said(("user", "a"), ("system", "b"), ("assistant", "c")), "roles do not alternate"),
         (_said(("system", "b"), ("user", "a"), ("assistant", "c")) | {"system": "d"}, "roles do not alternate"),
-        ({"messages": [*_said(("user", "a"))["messages"], {"role": "assistant", "content": "b", "weight": 0}]}, "turn not to be trained"),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+            "turn not to be trained",
+        ),
         (_said(("user", "a"), ("assistant", None)), "empty turn"),
         (_said(("user", "a"), ("assistant", "")), "empty turn"),
         (_said(("user", "a"), ("assistant", [])), "empty turn"),

@@ -498,6 +498,6 @@ def test_needles_and_books_share_a_split(project: Callable[..., Path]) -> None:
         (haystack,) = group_input(source, files)
         sides[take] = {file.key for file in haystack}
         assert sides[take] == {
-            file.key for file in files if is_heldout(Split(**split), file.key) == (take == "heldout")
+            file.key for file in files if is_heldout(Split.model_validate(split), file.key) == (take == "heldout")
         }
     assert sides["train"] and sides["heldout"] and not sides["train"] & sides["heldout"]
