@@ -143,3 +143,9 @@ def test_the_terminal_imports_nothing_of_the_project() -> None:
     assert os.path.basename(terminal.__file__) == "terminal.py"
     with open(terminal.__file__, encoding="utf-8") as file:
         assert not [line for line in file if line.startswith(("import lwm", "from lwm"))]
+
+
+def test_where_nothing_is_done_no_time_of_one_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunFailed), Progress("ask", 4, "chunks"):
+        raise RunFailed("no server")
+    assert "ask: 0/4 chunks, 0/s in" in capsys.readouterr().err

@@ -471,3 +471,9 @@ def test_leftovers_of_a_kill_are_removed(make: Make, tmp_path: Path) -> None:
     left.write_bytes(b"half")
     generate(make(max_chunks=1))
     assert not left.exists()
+
+
+def test_a_slow_server_is_not_told_to_start(make: Make, server: ScriptedServer) -> None:
+    server.faults = lambda number, asked: "stall"
+    with pytest.raises(RunFailed, match=r"within 0.1 s \(endpoint.timeout\); raise it where the server is slow"):
+        generate(make(max_chunks=1, endpoint={"timeout": 0.1}))
