@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the time of small models goes into compiling. Their numbers are those of LLVM's lowest level too.
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS}".strip()
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else pytest's workers and the tests' processes are given ours
-    compiled = tempfile.TemporaryDirectory(prefix="lwm-compiled-")  # goes when this process ends
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+# Most of the time of small models goes into compiling. LLVM's lowest level will do.
+os.environ["XLA_FLAGS"] = " ".join(
+    (os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8")
+).strip()
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -19,6 +16,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,10 @@ import pytest
 from lwm_data.format.dataset import FORMAT_VERSION, Dataset, DatasetInfo, SourceCounts, open_dataset, write_index
 from lwm_data.format.shard import rows_per_page
 from lwm_data.format.vocab import TextTokenizer, load_text_tokenizer
+
+# What was compiled is kept as long as this process lives, each worker's apart: jax does not write it atomically.
+compiled = tempfile.TemporaryDirectory(prefix="lwm-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name  # jax is not imported yet
 
 hypothesis.settings.register_profile("lwm", derandomize=True, max_examples=25, deadline=None, database=None)
 hypothesis.settings.load_profile("lwm")

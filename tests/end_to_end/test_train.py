@@ -57,7 +57,7 @@ def train_manifest(project: Callable[..., Path]) -> Callable[..., Path]:
 
 
 def start(*args: object) -> subprocess.Popen[str]:
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, "-m", "lwm_train.cli", *map(str, args)]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -40,7 +40,7 @@ def write_train_manifest(project: Callable[..., Path], name: str = "project", **
 
 def start(*command: object, cache: Path) -> subprocess.Popen[str]:
     """A process of this Python; what XLA compiles is kept in `cache`, so that only the first has to."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     env |= {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cache)}
     env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0"}
     args = [sys.executable, *map(str, command)]

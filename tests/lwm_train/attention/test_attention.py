@@ -14,14 +14,14 @@ from jax.sharding import AxisType, Mesh
 from lwm_train.attention import attention, token_order
 from tests.lwm_train.attention.dense import dense, packed_ids
 
-ROWS, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 2, 1168, 4, 2, 8  # 146 tokens on each of 8 devices: two uneven tiles
+ROWS, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 2, 656, 4, 2, 8  # of 8 devices each has 2 tiles of 41, of 4 three uneven ones
 ORDERS = ("contiguous", "zigzag", "striped", "dealt", "auto", "shuffled")
 
 
 def permutations(order: str, segment: np.ndarray, num_devices: int) -> np.ndarray:
     if order == "shuffled":
         return np.stack([np.random.default_rng(i).permutation(len(row)) for i, row in enumerate(segment)])
-    return np.stack([token_order(order, row, num_devices) for row in segment])
+    return np.stack([token_order(order, row, num_devices, tile=64) for row in segment])
 
 
 def arrays(seed: int, *, heads: int = HEADS, key_heads: int = KEY_HEADS, length: int = LENGTH) -> list[np.ndarray]:
@@ -76,7 +76,7 @@ def assert_equals_dense(
 @pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
 def test_ring_equals_dense_attention_in_every_order(num_devices: int) -> None:
     mesh = make_mesh(sp=num_devices)
-    segment, position = packed_ids([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]], LENGTH)
+    segment, position = packed_ids([[170, 1, 43, 2, 280, 73], [5, 34, 3, 390, 166]], LENGTH)
     assert_equals_dense(arrays(0), segment, position, mesh=mesh, orders=ORDERS)
 
 
@@ -95,7 +95,7 @@ def test_rows_at_the_edges_equal_dense_attention(rows: list[list[int]]) -> None:
     assert_equals_dense(arrays(1), segment, position, mesh=make_mesh(sp=4), orders=("contiguous", "dealt"))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     rows=st.lists(st.lists(st.integers(1, 60) | st.integers(1, LENGTH), max_size=30), min_size=ROWS, max_size=ROWS),
     order=st.sampled_from(ORDERS),
@@ -111,12 +111,12 @@ def test_random_packed_rows_equal_dense_attention(
 
 @pytest.mark.parametrize("schedule", ["allgather", "ulysses"])
 def test_other_schedules_equal_dense_attention(schedule: str) -> None:
-    segment, position = packed_ids([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]], LENGTH)
+    segment, position = packed_ids([[170, 1, 43, 2, 280, 73], [5, 34, 3, 390, 166]], LENGTH)
     mesh = make_mesh(sp=2, dp=2)
     assert_equals_dense(arrays(0), segment, position, mesh=mesh, schedule=schedule, orders=("contiguous", "dealt"))
 
 
-@pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (6, 2), (4, 1)])
+@pytest.mark.parametrize(("heads", "key_heads"), [(2, 2), (4, 1)])
 def test_grouped_heads_and_odd_lengths_equal_dense_attention(heads: int, key_heads: int) -> None:
     length = 2 * 173
     segment, position = packed_ids([[173, 40], [99, 246]], length)
@@ -125,13 +125,13 @@ def test_grouped_heads_and_odd_lengths_equal_dense_attention(heads: int, key_hea
 
 
 def test_rows_and_heads_can_be_split_too() -> None:
-    segment, position = packed_ids([[300, 600], [20, 30, 1000]], LENGTH)
+    segment, position = packed_ids([[170, 330], [20, 30, 560]], LENGTH)
     for mesh in (make_mesh(fsdp=2, tp=2, sp=2), None):
         assert_equals_dense(arrays(3), segment, position, mesh=mesh)
 
 
 def test_bfloat16_stays_within_its_own_error() -> None:
-    segment, position = packed_ids([[300, 1, 77, 2, 500, 131], [5, 61, 3, 700, 299]], LENGTH)
+    segment, position = packed_ids([[170, 1, 43, 2, 280, 73], [5, 34, 3, 390, 166]], LENGTH)
     exact = arrays(4)
     rounded = [jnp.asarray(x, jnp.bfloat16) for x in exact]
     q, k, v, d_out = (np.asarray(x, np.float64) for x in rounded)
@@ -145,7 +145,7 @@ def test_bfloat16_stays_within_its_own_error() -> None:
 
 def test_works_under_scan_and_checkpoint_as_the_model_calls_it() -> None:
     mesh = make_mesh(sp=4)
-    segment, position = (jnp.asarray(x) for x in packed_ids([[300, 600], [20, 30, 1000]], LENGTH))
+    segment, position = (jnp.asarray(x) for x in packed_ids([[170, 330], [20, 30, 560]], LENGTH))
     q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in arrays(5))
 
     def layers(q: jax.Array, remat: bool) -> jax.Array:
@@ -159,7 +159,7 @@ def test_works_under_scan_and_checkpoint_as_the_model_calls_it() -> None:
 
 
 def test_huge_scores_neither_overflow_nor_give_nan() -> None:
-    segment, position = packed_ids([[300, 600], []], LENGTH)
+    segment, position = packed_ids([[170, 330], []], LENGTH)
     q, k, v, d_out = arrays(6)
     assert_equals_dense([q * 30, k * 30, v, d_out], segment, position, mesh=make_mesh(sp=2))
 
