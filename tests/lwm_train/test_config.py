@@ -10,6 +10,7 @@ import yaml
 
 from lwm_data.format.manifest import read_manifest
 from lwm_data.manifest import DatasetManifest
+from lwm_data.manifest_qa import QaManifest, QaPrompt
 from lwm_train.config import KINDS, InitFromRun, read_train_manifests
 
 ROOT = Path(__file__).parents[2]
@@ -18,7 +19,7 @@ MANIFESTS = sorted((ROOT / "manifests").rglob("*.yaml"))
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
 def test_every_manifest_that_ships_is_valid(path: Path) -> None:
-    kinds = {**KINDS, "dataset": DatasetManifest}
+    kinds = {**KINDS, "dataset": DatasetManifest, "qa": QaManifest, "qa_prompt": QaPrompt}
     assert read_manifest(path, kinds).kind == yaml.safe_load(path.read_text())["kind"]  # type: ignore[attr-defined]
 
 

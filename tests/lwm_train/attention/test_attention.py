@@ -14,7 +14,7 @@ from jax.sharding import AxisType, Mesh
 from lwm_train.attention import attention, token_order
 from tests.lwm_train.attention.dense import dense, packed_ids
 
-ROWS, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 2, 656, 4, 2, 8  # of 8 devices each has 2 tiles of 41, of 4 three uneven ones
+ROWS, LENGTH, HEADS, KEY_HEADS, HEAD_DIM = 2, 656, 4, 2, 8  # tiles each: 2 on 8 devices, 3 uneven ones on 4
 ORDERS = ("contiguous", "zigzag", "striped", "dealt", "auto", "shuffled")
 
 
