@@ -196,6 +196,7 @@ class WorkFolder:
     def finish(self, info: DatasetInfo) -> None:
         """Remove what does not belong to the dataset and write the index: from here on it is one."""
         self._keep_shards(len(info.shards))
+        self._remove_temporaries()  # of workers that were killed, while others did their work again
         with self.adding() as folder:
             write_index(folder, info)
 

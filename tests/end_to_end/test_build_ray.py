@@ -20,6 +20,8 @@ from lwm_data.engine import run_units
 from lwm_data.ray_pool import RayCluster, connect_ray
 
 ray = pytest.importorskip("ray")
+# Ray starts its processes by forking; JAX, which an earlier test may have started in this one, warns of that.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
 
 TOKENS = {"min": 150, "max": 200}
 SOURCES = [
