@@ -26,7 +26,7 @@ from lwm_data.qa.chunks import Chunk, Chunker
 from lwm_data.qa.endpoint import EndpointClient, Failed, OutOfBudget
 from lwm_data.qa.in_process import InProcessClient, model_name
 from lwm_data.qa.journal import JOURNAL, Journal
-from lwm_data.qa.pairs import Run, checked_pairs, chunk_key, missing_verdicts, verdict_key, write_pairs
+from lwm_data.qa.pairs import REJECTED, Run, checked_pairs, chunk_key, missing_verdicts, verdict_key, write_pairs
 from lwm_data.qa.prompts import judge_messages, pair_messages
 from lwm_data.qa.spending import Spending
 from lwm_data.qa.summary import Summary
@@ -74,6 +74,11 @@ def generate(path: str | Path, overrides: Sequence[str] = (), retry_failed: bool
         finally:
             if len(journal) or not num_todo or asking.out_of_budget:
                 counts = write_pairs(run, books, bad_books)
+        if asking.num_refused >= MAX_FAILED and not asking.num_answers:
+            raise RunFailed(
+                f"the server refused all {asking.num_refused:,} chunks that it was asked about; {out / REJECTED} tells "
+                "why. Mend `parameters` or the prompt, then run again; as they are, with --retry-failed"
+            )
         return Summary(manifest, counts, asking.spending, asking.seconds, asking.out_of_budget)
 
 
@@ -110,6 +115,7 @@ class _Asking:
     num_checked: int = 0
     num_pairs: int = 0
     num_rejected: int = 0
+    num_refused: int = 0
     in_work: set[str] = field(default_factory=set)
     held: list[dict[str, Any]] = field(default_factory=list)  # failures, until the server is known to answer others
 
@@ -230,6 +236,7 @@ class _Asking:
             entry |= {"kind": "failed", "reason": answer.reason, "detail": answer.detail}
             if answer.reason == "refused":  # a server that refuses this chunk is there for others
                 await run.journal.add(entry)
+                self.num_refused += 1
                 return entry
             self.held.append(entry)
             if len(self.held) >= MAX_FAILED:

@@ -368,6 +368,16 @@ def test_a_book_that_the_server_refuses_is_passed(make: Make, server: ScriptedSe
     assert generate(manifest, retry_failed=True).counts.answered == 80
 
 
+def test_a_server_that_refuses_every_chunk_fails_the_run(make: Make, server: ScriptedServer) -> None:
+    server.faults = lambda number, asked: "400"
+    with pytest.raises(RunFailed, match=r"refused all 80 chunks.*rejected\.jsonl tells why"):
+        generate(make())
+    server.faults = lambda number, asked: None
+    asked = len(server.log)
+    assert generate(make()).counts.failed == 80 and len(server.log) == asked  # noted, and not asked again
+    assert generate(make(), retry_failed=True).counts.answered == 80
+
+
 @pytest.mark.parametrize("spelled", ["/", "\\/", "\\u002f", "\\\\/", "\\u002F"])
 def test_a_key_is_hidden_however_json_spells_it(
     make: Make, server: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelled: str
